@@ -1,0 +1,80 @@
+"""help, completion: the command line about itself."""
+
+from __future__ import annotations
+
+import click
+
+from appliance.cli import records
+from appliance.cli.command import Context, verb
+
+__all__ = ["completion_command", "help_command"]
+
+
+@verb("help")
+@click.argument("topic", required=False, metavar="[VERB|exit-codes|json|man]")
+def help_command(context: Context, topic: str | None) -> None:
+    """Explain a verb, list the exit codes, or print the documentation of --json or the manual page.
+
+    Without a topic: the same as `rewind --help`.
+    """
+    from appliance.cli.app import VERBS, program
+
+    root = click.Context(program, info_name="rewind")
+    if topic is None:
+        click.echo(program.get_help(root))
+    elif topic == "exit-codes":
+        _exit_codes(context)
+    elif topic == "json":
+        from importlib.resources import files
+
+        click.echo((files("appliance.cli") / "JSON.md").read_text())
+    elif topic == "man":
+        from appliance.cli.man import page
+
+        click.echo(page(), nl=False)
+    elif topic in VERBS:
+        command = program.get_command(root, topic)
+        assert command is not None
+        click.echo(command.get_help(click.Context(command, info_name=topic, parent=root)))
+    else:
+        raise click.UsageError(f"there is no help for {topic!r}")
+
+
+def _exit_codes(context: Context) -> None:
+    from appliance.cli.ui import table
+    from appliance.errors import exit_codes
+
+    fixed = [
+        records.ExitCode(0, "done", "everything asked for is done"),
+        records.ExitCode(1, "warnings", "done, and something deserves a look (doctor, check)"),
+    ]
+    signalled = [records.ExitCode(143, "terminated", "ended by SIGTERM, everything in progress put back")]
+    found = [records.ExitCode(code, name, _meaning(template)) for code, name, template in exit_codes()]
+    context.output.emit_all(
+        fixed + found + signalled,
+        lambda rows: table(("code", "id", "meaning"), [(str(r.code), r.id, r.meaning) for r in rows], right=("code",)),
+    )
+
+
+def _meaning(template: str) -> str:
+    """The message with `{object}` placeholders as a reader of a table wants them."""
+    import re
+
+    return (
+        "several reasons, told in the message"
+        if template == "{reason}"
+        else re.sub(r"\{(\w+)(!r)?\}", r"<\1>", template)
+    )
+
+
+@verb("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(context: Context, shell: str) -> None:
+    """Print the completion script of a shell: `eval "$(rewind completion bash)"`."""
+    from click.shell_completion import get_completion_class
+
+    from appliance.cli.app import program
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(program, {}, "rewind", "_REWIND_COMPLETE").source())

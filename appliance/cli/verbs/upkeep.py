@@ -1,0 +1,146 @@
+"""check, gc, forget."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from appliance.cli import records
+from appliance.cli.command import Context, verb
+from appliance.cli.params import complete_when, domain_argument, duration_option
+from appliance.cli.text import clock
+from appliance.errors import (
+    IntegrityError,
+    Locked,
+    NoSpace,
+    NoSuchPoint,
+    NotProtected,
+    PermissionDenied,
+    RevertUnderWay,
+    WrongKey,
+)
+from appliance.units import format_duration, format_size
+
+__all__ = ["check_command", "forget_command", "gc_command"]
+
+
+@verb("check", IntegrityError, WrongKey, Locked)
+@click.option("--read-data", is_flag=True, help="Read every byte back and compare it with its hash, too.")
+def check_command(context: Context, read_data: bool) -> int:
+    """Prove that everything that points need is in the repository, and name exactly what is not.
+
+    Nothing is changed. Exit code 32 when something is wrong.
+    """
+    from appliance.service.upkeep import check
+
+    began = time.monotonic()
+    with context.session() as session, context.output.meter("check") as meter:
+        report = check(session, read_data, meter.update)
+        points = sum(session.catalogue.count().values())
+    for one in report.problems:
+        problem = records.Problem(one.object, one.reason, tuple(one.points))
+        context.output.emit(problem, f"{one.object}: {one.reason}" + _affects(problem.points))
+    affected = len(report.points_affected)
+    record = records.CheckSummary(read_data, len(report.problems), points, affected, time.monotonic() - began)
+    verdict = (
+        f"{record.problems} problems, {affected} of {points} points affected"
+        if record.problems
+        else f"{points} points, nothing wrong"
+    )
+    context.output.emit(
+        record, f"{verdict} ({format_duration(record.seconds)}{'' if read_data else ', data not read'})"
+    )
+    return IntegrityError.exit_code if record.problems else 0
+
+
+def _affects(points: tuple[str, ...]) -> str:
+    return f"  (points {', '.join(points[:5])}{', …' if len(points) > 5 else ''})" if points else ""
+
+
+@verb("gc", Locked, WrongKey, IntegrityError, PermissionDenied, NoSpace)
+@click.option("--dry-run", is_flag=True, help="Only tell what would be freed.")
+def gc_command(context: Context, dry_run: bool) -> None:
+    """Free what no point needs any more. Safe beside running captures, and at any crash."""
+    import dataclasses
+
+    from appliance.service.upkeep import gc
+
+    began = time.monotonic()
+    with context.session() as session, context.output.meter("gc") as meter:
+        report: Any = gc(session, dry_run, meter.update)
+    details = {one.name: getattr(report, one.name) for one in dataclasses.fields(report)}
+    record = records.Gc(dry_run, details, time.monotonic() - began)
+    context.output.emit(record, _freed(report))
+
+
+def _freed(report: Any) -> str:
+    """What a person wants to know of a gc."""
+    lines = [f"{report.points} points need {format_size(report.live_bytes)} in {report.packs} packs"]
+    if report.segments:
+        lines[0] += f", journals {format_size(report.segment_bytes)} in {report.segments} segments"
+    if report.dry_run:
+        lines.append(f"would free about {format_size(report.condemned_bytes)}")
+    else:
+        copied = f", copied {format_size(report.copied_bytes)}" if report.copied_bytes else ""
+        lines.append(f"freed {format_size(report.freed_bytes)} in {report.deleted_packs} packs{copied}")
+    if report.missing_chunks:
+        lines.append(f"{report.missing_chunks} chunks are missing: `rewind check` tells which points they belong to")
+    lines += [f"more can go when this has ended: {one}" for one in report.waiting]
+    return "\n".join(lines)
+
+
+_KEEP = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+
+
+def _keep_options(function: Any) -> Any:
+    function = duration_option("--keep-within", text="Keep all that are younger.")(function)
+    for name in reversed(_KEEP):
+        text = "Keep the newest N." if name == "last" else f"Keep the newest of each of the last N {_span(name)}."
+        function = click.option(f"--keep-{name}", type=click.IntRange(min=0), default=0, metavar="N", help=text)(
+            function
+        )
+    return function
+
+
+def _span(name: str) -> str:
+    return {"hourly": "hours", "daily": "days", "weekly": "weeks", "monthly": "months", "yearly": "years"}[name]
+
+
+@verb("forget", NotProtected, NoSuchPoint, RevertUnderWay, Locked, WrongKey, PermissionDenied)
+@domain_argument(required=False)
+@click.argument("points", nargs=-1, metavar="[WHEN]...", shell_complete=complete_when)
+@_keep_options
+@click.option("--dry-run", is_flag=True, help="Only tell what would be kept and why.")
+def forget_command(
+    context: Context, domain: str | None, points: tuple[str, ...], dry_run: bool, keep_within: float | None, **keep: int
+) -> None:
+    """Delete the points of DOMAIN (of every domain, without one) that no --keep rule keeps, or those that are named.
+
+    Every point is complete in itself: any can go, the others stay recoverable. `rewind gc` frees the space.
+    """
+    from appliance.cli.ui import table
+    from appliance.service.upkeep import forget
+    from appliance.timeline.retention import Policy
+
+    counts = {name: keep[f"keep_{name}"] for name in _KEEP}
+    policy = Policy(**counts, within=keep_within or 0.0) if keep_within or any(counts.values()) else None
+    if points and policy:
+        raise click.UsageError("name points or give --keep rules, not both")
+    with context.session() as session:
+        decisions = forget(session, domain, policy, points, dry_run)
+        # Named points are all that is decided on; those that stay are counted, or it would seem that none do.
+        left = session.catalogue.count().get(decisions[0].uuid, 0) if points else None
+    found = [records.Forget(d.point.id, d.point.domain, d.point.time, d.keep, d.reasons) for d in decisions]
+    context.output.emit_all(
+        found, lambda rows: table(("point", "domain", "time", "", "why"), [_row(row) for row in rows])
+    )
+    gone = sum(not one.keep for one in found)
+    kept = len(found) - gone if left is None else left - gone * dry_run
+    summary = records.ForgetSummary(dry_run, kept, gone)
+    context.output.emit(summary, f"{kept} kept, {summary.forgotten} {'would be ' if dry_run else ''}forgotten")
+
+
+def _row(row: records.Forget) -> tuple[str, ...]:
+    return row.point, row.domain, clock(row.time), "keep" if row.keep else "forget", ", ".join(row.reasons)

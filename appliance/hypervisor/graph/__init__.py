@@ -1,0 +1,8 @@
+"""Every change of a block graph, once for all drivers. Each function either ends or puts the guest's own node back.
+
+`base` is the ground: reading, pausing, swapping, cleaning. `epoch` and `revert` are the two recipes on it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["base", "epoch", "nodes", "pulse", "survey"]

@@ -1,0 +1,182 @@
+"""One nbdkit process with one of our plugins, on a unix socket.
+
+Two plugins (`filters/intake`, `filters/view`) are thin: the work is in `appliance.*`, which the interpreter inside
+nbdkit imports from where we run. That interpreter is the distribution's, the one our environment is made from. The
+third (`filters/journal`) is compiled and needs nothing of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket as sockets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from appliance.errors import ConfigError, ToolFailed
+from appliance.process import Child
+
+__all__ = ["PLUGINS", "Server"]
+
+PLUGINS = Path(__file__).resolve().parent.parent / "filters"
+
+# sockaddr_un: the kernel takes no longer path.
+_LONGEST_SOCKET = 107
+# What a server says first, without its flags; and how a client says at once that it wants nothing.
+_GREETING = b"NBDMAGICIHAVEOPT"
+_GOODBYE = b"\0\0\0\1IHAVEOPT\0\0\0\2\0\0\0\0"
+
+
+class Server:
+    """nbdkit in the foreground under our own eyes: it dies with us, its messages are in `log`.
+
+    `plugin` is the name of a Python one, or the path of a compiled one. `owner` (uid, gid) is who may connect, for QEMU
+    runs as another user; the socket's mode is 0600. `nice` below 0 is asked for, and gone without where it is not
+    granted. Any thread may call everything here.
+    """
+
+    def __init__(
+        self,
+        plugin: str | Path,
+        socket: Path,
+        parameters: Mapping[str, str | os.PathLike[str]] | Sequence[tuple[str, str | os.PathLike[str]]],
+        *,
+        filters: Sequence[str] = (),
+        threads: int = 4,
+        owner: tuple[int, int] | None = None,
+        log: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        die_with_parent: bool = True,
+        nice: int = 0,
+    ) -> None:
+        if len(os.fsencode(socket)) > _LONGEST_SOCKET:
+            raise ConfigError(reason=f"the path of socket {socket} is longer than {_LONGEST_SOCKET} bytes")
+        self.socket = socket
+        self._owner = owner
+        compiled = isinstance(plugin, Path)
+        self._name = plugin.stem if isinstance(plugin, Path) else f"nbdkit-{plugin}"
+        pairs = parameters.items() if isinstance(parameters, Mapping) else parameters
+        self._argv: list[str | os.PathLike[str]] = [
+            *(["nice", "-n", str(nice)] if nice else []),  # by itself, for all of its threads from the first one on
+            "nbdkit", "--foreground", "--newstyle", f"--unix={socket}", f"--threads={threads}",
+            *(f"--filter={name}" for name in filters),
+            *([plugin] if compiled else ["python", PLUGINS / plugin / "plugin.py"]),
+            *(f"{key}={os.fspath(value)}" for key, value in pairs),
+        ]  # fmt: skip
+        self._log = log
+        self._env = _environment(env or {})
+        self._pass_fds = pass_fds
+        self._die_with_parent = die_with_parent
+        self._child: Child | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Of the running process. Raises ToolFailed when it was not started."""
+        return self._running().pid
+
+    def start(self, timeout: float = 20.0) -> None:
+        """Start it and wait until it greets clients. Raises ToolFailed with its last words; nothing runs then."""
+        with contextlib.suppress(FileNotFoundError):
+            self.socket.unlink()  # a killed one leaves its socket, and nbdkit does not take an existing path
+        for descriptor in self._pass_fds:
+            with contextlib.suppress(OSError):
+                os.lseek(descriptor, 0, os.SEEK_SET)  # the one before may have read it to its end
+        self._child = Child(
+            self._argv,
+            name=self._name,
+            log=self._log,
+            env=self._env,
+            pass_fds=self._pass_fds,
+            die_with_parent=self._die_with_parent,
+        )
+        try:
+            self._await_ready(time.monotonic() + timeout)
+            self._hand_over()
+        except BaseException:
+            self._child.kill()
+            raise
+
+    def alive(self) -> bool:
+        """Whether the process is there; it may hang: see `answers`."""
+        return self._child is not None and self._child.alive()
+
+    def answers(self, timeout: float) -> bool:
+        """Whether it greets a new client within `timeout` seconds; a stopped or hung one does not."""
+        try:
+            with sockets.socket(sockets.AF_UNIX) as client:
+                client.settimeout(timeout)
+                client.connect(os.fspath(self.socket))
+                greeted = client.recv(len(_GREETING) + 2).startswith(_GREETING)
+                client.sendall(_GOODBYE)
+                client.recv(20)  # its answer: a client that just leaves is an error in the server's log
+                return greeted
+        except OSError:
+            return False
+
+    def stop(self, grace: float = 5.0, patience: float | None = None) -> None:
+        """End it in order, kill it after `grace` seconds. May be repeated, also when it was not started. Raises as
+        `process.Child.kill`."""
+        if self._child is not None:
+            self._child.stop(grace, patience)
+            self._forget_socket()
+
+    def kill(self) -> None:
+        """End it at once, whatever it does. May be repeated, also when it was not started."""
+        if self._child is not None:
+            self._child.kill()
+            self._forget_socket()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process; nothing happens when it has ended."""
+        self._running().signal(number)
+
+    def tail(self) -> str:
+        """Its last words."""
+        return self._child.tail() if self._child is not None else ""
+
+    def _running(self) -> Child:
+        if self._child is None:
+            raise ToolFailed(tool=self._name, reason="it was not started")
+        return self._child
+
+    def _await_ready(self, deadline: float) -> None:
+        while not (self.socket.exists() and self.answers(max(0.05, deadline - time.monotonic()))):
+            if not self.alive():
+                raise ToolFailed(tool=self._name, reason=self.tail() or "it ended without a word")
+            if time.monotonic() > deadline:
+                raise ToolFailed(tool=self._name, reason=f"it does not answer at {self.socket}: {self.tail()}")
+            time.sleep(0.01)
+
+    def _hand_over(self) -> None:
+        self.socket.chmod(0o600)
+        if self._owner is not None:
+            os.chown(self.socket, *self._owner)
+
+    def _forget_socket(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.socket.unlink()
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    # The interpreter inside nbdkit knows nothing of a virtual environment: it is told where we found our modules.
+    places = [str(PLUGINS.parent), *(place for place in sys.path if place)]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(places)),
+        "PYTHONUNBUFFERED": "1",
+        # nbdkit has dozens of threads, and the C library a heap for each: a tenth of the memory for no gain.
+        "MALLOC_ARENA_MAX": "2",
+        **extra,
+    }

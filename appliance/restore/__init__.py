@@ -1,0 +1,13 @@
+"""Restore: from a recovery point to something that runs or can be read.
+
+    export   any point as NBD exports
+    image    one disk of a point as a new image file or on a block device
+    patch    the qcow2 that sends reads of differing blocks to a view
+    revert   the running domain back to a point, by moving only what differs
+    fence    nobody starts a domain whose disk is half-way
+    keeper   keeps a revert's view alive
+
+Modules are imported by name.
+"""
+
+__all__: list[str] = []

@@ -1,0 +1,174 @@
+"""What one run of a verb works with: home, settings, repository, key, hypervisor, catalogue; opened when first used.
+
+    Session ── home, settings            files
+           ├── repository, spec          the store, and how our child processes open the same store
+           ├── hypervisor(uri)           where the domains are
+           └── catalogue                 the cache that lists are made from
+
+A session belongs to one thread. `close` lets go of everything; nothing that runs on (keeper, guest) depends on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
+from appliance.errors import NotProtected
+from appliance.service import locks
+
+if TYPE_CHECKING:
+    from appliance.capture.protection import Protection
+    from appliance.hypervisor.base import Domain, Hypervisor
+    from appliance.store import Key, Repository, RepositorySpec
+    from appliance.timeline.catalogue import Catalogue
+
+__all__ = ["Progress", "Session", "silent"]
+
+log = logging.getLogger(__name__)
+
+# done bytes, total bytes (0 = unknown), what is being done
+Progress = Callable[[int, int, str], None]
+
+
+def silent(_done: int, _total: int, _what: str = "") -> None:
+    """Progress that nobody looks at."""
+
+
+class Session:
+    """`connect` overrides the settings' URI. `say` gets sentences for a person while a verb waits, `ask`
+    shows a prompt and gives the secret that was typed; None when nobody is there. `key` saves unlocking it again."""
+
+    def __init__(
+        self,
+        home: Home,
+        connect: str | None = None,
+        *,
+        say: Callable[[str], None] = lambda _text: None,
+        ask: Callable[[str], str] | None = None,
+        settings_file: Path = DEFAULT_SETTINGS,
+        key: Key | None = None,
+    ) -> None:
+        self.home, self.connect, self.say, self.ask = home, connect, say, ask
+        self.settings_file = settings_file
+        if key is not None:
+            self.key = key
+        self._stack = ExitStack()
+        self._hypervisors: dict[str, Hypervisor] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception:
+            # The first error is the one to tell; letting go of a dead libvirt may well fail again.
+            if kind is None:
+                raise
+            log.warning("closing failed as well", exc_info=True)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    @cached_property
+    def settings(self) -> Settings:
+        return load_settings(self.home, self.settings_file)
+
+    @cached_property
+    def instance(self) -> dict[str, Any]:
+        """What `init` wrote. Raises ConfigError when this is no home."""
+        return self.home.instance()
+
+    @cached_property
+    def spec(self) -> RepositorySpec:
+        """How a child process opens the repository."""
+        from appliance.service import keys
+
+        return keys.specification(self)
+
+    @cached_property
+    def key(self) -> Key | None:
+        """Unlocked once; None when the repository is not encrypted. Raises WrongKey."""
+        from appliance.service import keys
+
+        return keys.key_of(self)
+
+    @cached_property
+    def repository(self) -> Repository:
+        from appliance.store import Repository, open_backend
+
+        instance = self.instance
+        repository = Repository.open(open_backend(instance["url"]), cache=self.home.cache, key=self.key)
+        self._stack.callback(repository.close)
+        return repository
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        from appliance.timeline.catalogue import Catalogue
+
+        catalogue = Catalogue(self.home.cache / "catalogue.sqlite", self.repository)
+        self._stack.callback(catalogue.close)
+        return catalogue
+
+    @property
+    def uri(self) -> str:
+        """Where verbs look that name no protected domain."""
+        return self.connect or self.settings.uri
+
+    def hypervisor(self, uri: str | None = None) -> Hypervisor:
+        """Connected once for each URI. Raises ConnectError."""
+        from appliance.hypervisor import connect
+
+        wanted = self.connect or uri or self.settings.uri
+        if wanted not in self._hypervisors:
+            made = connect(wanted)
+            self._hypervisors[wanted] = made
+            self._stack.callback(made.close)
+        return self._hypervisors[wanted]
+
+    def domain(self, name: str) -> Domain:
+        """A domain by name or UUID, where its protection record says it lives or else at `uri`."""
+        record = self.record(name)
+        if record is None:
+            return self.hypervisor().domain(name)
+        return self.hypervisor(record.uri).domain(record.uuid)
+
+    def record(self, name: str) -> Protection | None:
+        """The protection record of a domain by name or UUID, or None."""
+        from appliance.capture import protection
+
+        self.instance  # noqa: B018  a folder that is no home has no records either, and that must not look the same
+        found = [one for one in protection.all_records(self.home) if name in (one.domain, one.uuid)]
+        return found[0] if found else None
+
+    def protected(self, name: str) -> Protection:
+        """As `record`. Raises NotProtected."""
+        record = self.record(name)
+        if record is None:
+            raise NotProtected(domain=name)
+        return record
+
+    def hold(self, uuid: str, domain: str, purpose: str, wait: float = 0.0) -> AbstractContextManager[None]:
+        """The one lock of a domain in this home; see `locks`. Raises Locked."""
+        return locks.hold(self.home, uuid, domain, purpose, wait, self.say)
+
+    def claim(self, domain: Domain, purpose: str, wait: float = 0.0) -> AbstractContextManager[None]:
+        """The domain's block graph on this host, against other homes; see `hostlock`. Held inside `hold`. Raises
+        Locked."""
+        from appliance.hypervisor import hostlock
+
+        return hostlock.hold(hostlock.of_domain(domain), domain.name, self.home.path, purpose, wait, self.say)
+
+    def busy(self, uuid: str) -> str | None:
+        """Who works on the domain now, in words."""
+        return locks.holder(self.home, uuid)
+
+    def daemon_runs(self) -> bool:
+        """Whether a daemon serves this home."""
+        return locks.taken(locks.daemon_lock(self.home))

@@ -1,0 +1,117 @@
+"""status: how things stand, without changing anything and without failing because one part is down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from appliance.errors import ConnectError, DomainNotFound, RewindError
+from appliance.service.capturing import Capturing, capturing
+from appliance.service.recovery import under_way
+
+if TYPE_CHECKING:
+    from appliance.capture.protection import Protection
+    from appliance.service.session import Session
+    from appliance.timeline.catalogue import Summary
+
+__all__ = ["DomainState", "InstanceState", "status"]
+
+# A scheduled point later than this many intervals is worth a word.
+_LATE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """The repository, and whether a daemon serves this home."""
+
+    url: str
+    repository_id: str
+    encrypted: bool
+    points: int
+    daemon: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DomainState:
+    """One domain. `state` is the hypervisor's word, `gone` when it knows no such domain, `unknown` when it does not
+    answer; `revert` names the point of a revert that has not ended, `busy` who works on the domain now."""
+
+    domain: str
+    uuid: str | None
+    uri: str
+    state: str
+    protected: bool
+    disks: tuple[str, ...]
+    every: float | None
+    quiesce: str | None
+    points: int
+    last_point: str | None
+    last_time: datetime | None
+    age: float | None
+    late: bool
+    revert: str | None
+    busy: str | None
+    notes: tuple[str, ...] = ()
+    capture: Capturing | None = None
+
+
+def status(
+    session: Session, only: str | None = None, everything: bool = False, now: datetime | None = None
+) -> tuple[InstanceState, list[DomainState]]:
+    """The instance and its protected domains (with `everything` all of the hypervisor's). Raises DomainNotFound for an
+    `only` that is neither protected nor known to the hypervisor."""
+    from appliance.capture import protection
+
+    instance = session.instance
+    points = session.catalogue.points(measure=False)
+    state = InstanceState(
+        instance["url"], session.repository.id, session.repository.encrypted, len(points), session.daemon_runs()
+    )
+    records = [one for one in protection.all_records(session.home) if only in (None, one.domain, one.uuid)]
+    moment = now or datetime.now(UTC)
+    found = [_protected(session, one, points, moment) for one in records]
+    if everything or (only and not found):
+        known = {one.domain for one in records}
+        names = [only] if only else [name for name in session.hypervisor().domains() if name not in known]
+        found += [_unprotected(session, str(name), points, moment) for name in names]
+    return state, found
+
+
+def _protected(session: Session, record: Protection, points: list[Summary], now: datetime) -> DomainState:
+    pending = next((one.target for one in under_way(session) if one.uuid == record.uuid), None)
+    busy = session.busy(record.uuid)
+    # A bare QEMU's monitor serves one client, and whoever works on the domain needs it more than we do.
+    held = record.uri.startswith("qmp:") and (pending or busy)
+    state, notes = ("unknown", ()) if held else _state(session, record)
+    mine = [one for one in points if one.uuid == record.uuid]
+    last = mine[-1] if mine else None
+    age = (now - last.time).total_seconds() if last else None
+    capture = capturing(session, record, mine, now)
+    late = record.every is not None and (age is None or age > _LATE * record.every)
+    return DomainState(
+        record.domain, record.uuid, record.uri, state, True, tuple(record.disks), record.every, record.quiesce,
+        len(mine), last.id if last else None, last.time if last else None, age, late, pending,
+        busy, notes + capture.notes, capture,
+    )  # fmt: skip
+
+
+def _state(session: Session, record: Protection) -> tuple[str, tuple[str, ...]]:
+    try:
+        return session.hypervisor(record.uri).domain(record.uuid).state().value, ()
+    except DomainNotFound:
+        return "gone", ()
+    except (ConnectError, RewindError) as error:
+        return "unknown", (error.message,)
+
+
+def _unprotected(session: Session, name: str, points: list[Summary], now: datetime) -> DomainState:
+    domain = session.hypervisor().domain(name)
+    mine = [one for one in points if one.uuid == domain.uuid]
+    last = mine[-1] if mine else None
+    age = (now - last.time).total_seconds() if last else None
+    disks = tuple(disk.target for disk in domain.disks())
+    return DomainState(
+        domain.name, domain.uuid, domain.uri, domain.state().value, False, disks, None, None, len(mine),
+        last.id if last else None, last.time if last else None, age, False, None, session.busy(domain.uuid),
+    )  # fmt: skip

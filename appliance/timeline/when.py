@@ -1,0 +1,221 @@
+"""From what a person types to a recovery point.
+
+    latest                       the newest one
+    3f0c9a12…                    a point's id, or its beginning (4 characters or more) if no other begins so
+    before-upgrade               a label, if only one point has it
+    2026-11-24T10:15:30.25Z      a time of any precision down from the month, with Z, +01:00, a zone's name, or none
+    2026-11-24 10:15             the same with a blank
+    10:15, 10:15:30.25           the last time the clock showed that
+    10m ago, 1h30m ago
+    #81726, 81726                a write of continuous capture, by its number: see `instant`
+
+A time means the newest point that is not younger: the domain as it was at that instant, on whichever timeline it then
+was. Where continuous capture covers the time, it means the last write before it (`instant`). A time without a zone is
+local. Fields that are left out are zero, so `10:15` is 10:15:00.000 and not the whole minute, which might already hold
+the damage. One exception: with seconds given, a point of that very second (or fraction) is meant, because times are
+shown to the second and what was read from a list must lead back to its line.
+
+When clocks are set back and a local time comes twice, the earlier one is meant: going back too far loses less than
+going back too little. `Z` or an offset tells them apart.
+
+A label wins over everything else that its text could mean, and an exact id over that.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
+from difflib import get_close_matches
+from typing import Final, Protocol, TypeVar
+from zoneinfo import ZoneInfo
+
+from appliance.errors import AmbiguousPoint, InGap, NoSuchPoint
+from appliance.units import parse_duration
+
+__all__ = ["Instant", "Kept", "Span", "described", "listed", "named", "parse_time", "resolve"]
+
+# Shorter ones are more often a slip than an id.
+SHORTEST_PREFIX: Final = 4
+
+_TIME = re.compile(
+    r"(?:(?P<year>\d{4})-(?P<month>\d\d)(?:-(?P<day>\d\d))?)?"
+    r"(?:(?:^|[tT ]\s*)(?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,](?P<fraction>\d+))?)?)?"
+    r"\s*(?P<zone>[zZ]|[+-]\d\d(?::?\d\d)?|[A-Za-z]+(?:/[A-Za-z0-9_+-]+)*)?"
+)
+_AGO = re.compile(r"(?P<duration>.*\S)\s+ago", re.IGNORECASE)
+
+
+class Kept(Protocol):
+    """What is asked of a point; model.Point and the catalogue's summaries have it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def time(self) -> datetime: ...
+    @property
+    def label(self) -> str: ...
+
+
+class Span(Protocol):
+    """A gap of the catalogue: nothing was captured after `start` and before `end`."""
+
+    @property
+    def start(self) -> datetime: ...
+    @property
+    def end(self) -> datetime: ...
+    @property
+    def reason(self) -> str: ...
+
+
+P = TypeVar("P", bound=Kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """`time` (UTC); points up to `time` + `unit` were possibly shown as this time. `unit` 0: exactly this time."""
+
+    time: datetime
+    unit: timedelta = timedelta()
+
+
+def resolve(
+    points: Iterable[P],
+    text: str,
+    now: datetime,
+    domain: str,
+    *,
+    gaps: Sequence[Span] = (),
+    zone: tzinfo | None = None,
+) -> P:
+    """The one of a domain's points that `text` names. `zone` None: the system's; `gaps`: times to refuse.
+
+    Raises NoSuchPoint, AmbiguousPoint, or InGap when nothing was captured then; each names the nearest points.
+    """
+    ordered = sorted(points, key=lambda point: (point.time, point.id))
+    wanted = text.strip()
+    if not ordered:
+        raise NoSuchPoint(domain=domain, when=text, hint=f"`rewind point {domain}` takes the first one")
+    found = _exactly(ordered, wanted)
+    if not found and wanted.lower() == "latest":
+        return ordered[-1]
+    if not found:
+        instant = parse_time(wanted, now, zone)
+        if instant is not None:
+            return _at(ordered, instant, text, now, domain, gaps, zone)
+        found = _beginning_with(ordered, wanted)
+    if len(found) > 1:
+        raise AmbiguousPoint(domain=domain, when=text, count=len(found), candidates=_some(found, zone))
+    if not found:
+        raise NoSuchPoint(domain=domain, when=text, hint=_hint(ordered, wanted, zone))
+    return found[0]
+
+
+def named(points: Sequence[P], text: str) -> bool:
+    """Whether `resolve` takes the text for an id, its beginning, a label or `latest`, and not for a time."""
+    wanted = text.strip()
+    return wanted.lower() == "latest" or bool(_exactly(points, wanted) or _beginning_with(points, wanted))
+
+
+def listed(points: Iterable[P], instant: Instant) -> list[P]:
+    """Those that a list may have shown with this time."""
+    return [point for point in points if instant.time <= point.time < instant.time + instant.unit]
+
+
+def parse_time(text: str, now: datetime, zone: tzinfo | None = None) -> Instant | None:
+    """The instant that a time or `… ago` means, None if the text is neither. Nothing is known of points here."""
+    ago = _AGO.fullmatch(text.strip())
+    try:
+        if ago is not None:
+            return Instant((now - timedelta(seconds=parse_duration(ago["duration"]))).astimezone(UTC))
+        return _clock_time(text.strip(), now, zone)
+    except (ValueError, OverflowError):
+        return None  # 25:00, 30 February, a zone that does not exist
+
+
+def _clock_time(text: str, now: datetime, local: tzinfo | None) -> Instant | None:
+    match = _TIME.fullmatch(text)
+    if match is None or not (match["year"] or match["hour"]) or (match["hour"] and match["month"] and not match["day"]):
+        return None
+    zone = _zone(match["zone"]) if match["zone"] else local
+    fraction = (match["fraction"] or "")[:6]
+    unit = timedelta(microseconds=10 ** (6 - len(fraction))) if match["second"] else timedelta()
+    clock = time(
+        int(match["hour"] or 0), int(match["minute"] or 0), int(match["second"] or 0), int(fraction.ljust(6, "0"))
+    )
+    if match["year"]:
+        day = date(int(match["year"]), int(match["month"]), int(match["day"] or 1))
+        return Instant(_utc(day, clock, zone), unit)
+    today = now.astimezone(zone).date()
+    found = _utc(today, clock, zone)
+    return Instant(found if found <= now else _utc(today - timedelta(days=1), clock, zone), unit)
+
+
+def _utc(day: date, clock: time, zone: tzinfo | None) -> datetime:
+    return datetime.combine(day, clock, zone).astimezone(UTC)
+
+
+def _zone(name: str) -> tzinfo:
+    """Raises ValueError if there is none."""
+    if name in {"Z", "z"}:
+        return UTC
+    if name[0] in "+-":
+        digits = name[1:].replace(":", "").ljust(4, "0")
+        offset = timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))
+        return timezone(-offset if name[0] == "-" else offset)
+    try:
+        return ZoneInfo(name)
+    except (OSError, KeyError) as error:
+        raise ValueError(name) from error
+
+
+def _at(
+    points: Sequence[P], instant: Instant, text: str, now: datetime, domain: str, gaps: Sequence[Span],
+    zone: tzinfo | None,
+) -> P:  # fmt: skip
+    """The newest point not younger than `instant`, which is not in a gap; `points` ascend and are not empty."""
+    if shown := listed(points, instant):
+        return shown[-1]
+    after = bisect_right(points, instant.time, key=lambda point: point.time)
+    if instant.time > now:
+        raise InGap(domain=domain, when=text, reason="it is still to come", nearest=described(points[-1], zone))
+    if after == 0:
+        raise InGap(domain=domain, when=text, reason="the first point is younger", nearest=described(points[0], zone))
+    for gap in gaps:
+        if gap.start < instant.time < gap.end:
+            nearest = " and ".join(described(point, zone) for point in points[after - 1 : after + 1])
+            raise InGap(domain=domain, when=text, reason=gap.reason, nearest=nearest)
+    return points[after - 1]
+
+
+def _exactly(points: Sequence[P], text: str) -> list[P]:
+    found = [point for point in points if point.id == text.lower()]
+    return found or [point for point in points if point.label and point.label == text]
+
+
+def _beginning_with(points: Sequence[P], text: str) -> list[P]:
+    if len(text) < SHORTEST_PREFIX:
+        return []
+    return [point for point in points if point.id.startswith(text.lower())]
+
+
+def described(point: Kept, zone: tzinfo | None) -> str:
+    """In the zone that a typed time is taken in, so that it agrees with the lists and can be typed."""
+    label = f" {point.label!r}" if point.label else ""
+    return f"{point.id}{label} of {point.time.astimezone(zone).isoformat(sep=' ', timespec='milliseconds')}"
+
+
+def _some(points: Sequence[Kept], zone: tzinfo | None) -> str:
+    """The newest of them."""
+    more = len(points) - 3
+    return ", ".join(described(point, zone) for point in points[-3:]) + (f" and {more} more" if more > 0 else "")
+
+
+def _hint(points: Sequence[Kept], text: str, zone: tzinfo | None) -> str:
+    labels = {point.label: point for point in points if point.label}
+    close = get_close_matches(text, labels, n=2) or get_close_matches(text, [point.id for point in points], n=1)
+    if close:
+        return "did you mean " + " or ".join(repr(one) for one in close) + "?"
+    return f"a time, a label, `10m ago`, `latest`, or an id; the newest point is {described(points[-1], zone)}"

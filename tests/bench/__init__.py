@@ -1,0 +1,1 @@
+"""Figures: how fast, how much processor, how much memory, beside other tools. `./dev bench`."""

@@ -1,0 +1,38 @@
+"""Fixtures that every folder of tests may use. Guests and libvirt are started only by the tests that ask for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import libvirt, world
+
+# A limit that is passed ends the whole run, and a machine for continuous integration may be shared by many.
+_PATIENCE = 5 if os.environ.get("CI") == "true" else float(os.environ.get("REWIND_TEST_PATIENCE", "2"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Stretch every time limit: they are written for a quiet machine."""
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit = float(marker.args[0] if marker and marker.args else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(limit * _PATIENCE), append=False)
+
+
+@pytest.fixture(scope="session")
+def libvirt_uri() -> Iterator[str]:
+    """A libvirt of our own that answers at this URI. Skips outside the private world: run through `./dev test`."""
+    if not world.inside():
+        pytest.skip("needs the private world of ./dev test")
+    yield libvirt.start()
+
+
+@pytest.fixture
+def libvirt_images(libvirt_uri):
+    """A new folder for disk images that libvirt's QEMU may read and write."""
+    folder = world.images_folder("test")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,227 @@
+"""The daemon's loop, with points that are only pretended."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from appliance import daemon as module
+from appliance.capture import protection
+from appliance.capture.protection import Protection
+from appliance.config import Home
+from appliance.daemon import Daemon
+from appliance.errors import DomainNotFound, Locked, NotRecoverable
+from appliance.model import Consistency
+from appliance.service import Session
+from appliance.service.recovery import Pending
+from appliance.service.setup import init
+
+
+@pytest.fixture
+def session():
+    with tempfile.TemporaryDirectory(prefix="rw") as folder, Session(Home(Path(folder) / "home")) as found:
+        init(found)
+        yield found
+
+
+def protect(session, name, every=60):
+    record = Protection(name, f"uuid-{name}", "test:///", ("vda",), "id", "t", every=every)
+    protection.save(session.home, record)
+
+
+class Points:
+    """Pretends to take them; domains in `broken` fail."""
+
+    def __init__(self, monkeypatch):
+        self.taken, self.broken = [], {}
+        self.lock = threading.Lock()
+        monkeypatch.setattr(module, "point", self)
+
+    def __call__(self, session, uuid, *, reason, wait):
+        name = uuid.removeprefix("uuid-")
+        with self.lock:
+            self.taken.append(name)
+        if name in self.broken:
+            raise self.broken[name]
+        told = {"consistency": Consistency.CRASH, "time": datetime.now(UTC), "notes": ("vdb is not in this point",)}
+        return type("P", (), {"id": "p", "disks": (), **told})()
+
+
+def run_for(daemon, seconds):
+    with module.ThreadPoolExecutor(4) as pool:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            daemon._start_due(pool)
+            time.sleep(0.05)
+
+
+def test_one_domain_that_fails_does_not_stop_the_others(session, monkeypatch):
+    points, events = Points(monkeypatch), []
+    for name in ("web", "db"):
+        protect(session, name, every=3600)
+    points.broken["web"] = DomainNotFound(domain="web", uri="test:///")
+    Daemon(session, events.append).round()
+    assert sorted(points.taken) == ["db", "web"]
+    assert {(one.kind, one.domain) for one in events} == {("failed", "web"), ("point", "db")}
+    assert "no domain 'web'" in next(one.detail for one in events if one.kind == "failed")
+    assert "vdb is not in this point" in next(one.detail for one in events if one.kind == "point")
+
+
+def test_a_bug_in_one_epoch_is_told_and_survived(session, monkeypatch):
+    points, events = Points(monkeypatch), []
+    protect(session, "web")
+    points.broken["web"] = ZeroDivisionError("surprise")
+    daemon = Daemon(session, events.append)
+    daemon.round()
+    assert [one.kind for one in events] == ["failed"] and "ZeroDivisionError" in events[0].detail
+
+
+def test_a_failure_is_not_repeated_at_once(session, monkeypatch):
+    """A broken domain is tried again after half an interval, not in a loop."""
+    points = Points(monkeypatch)
+    protect(session, "web", every=60)
+    points.broken["web"] = DomainNotFound(domain="web", uri="test:///")
+    run_for(Daemon(session, lambda _event: None), 0.6)
+    assert points.taken == ["web"]
+
+
+def test_domains_without_a_schedule_are_left_alone(session, monkeypatch):
+    points = Points(monkeypatch)
+    protect(session, "web", every=None)
+    Daemon(session, lambda _event: None).round()
+    assert points.taken == []
+
+
+def test_one_daemon_serves_a_home(session, monkeypatch):
+    Points(monkeypatch)
+    first, second = Daemon(session, lambda _event: None), Daemon(session, lambda _event: None)
+    with first._alone():
+        assert session.daemon_runs()
+        with pytest.raises(Locked, match="daemon"):
+            second.round()
+    assert not session.daemon_runs()
+
+
+class Reverts:
+    """Pretends that reverts were interrupted and resumes them."""
+
+    def __init__(self, monkeypatch, *names):
+        self.names, self.left, self.broken, self.calls = set(names), set(names), None, []
+        monkeypatch.setattr(module, "under_way", lambda _session: self.of(self.names))
+        monkeypatch.setattr(module, "abandoned", lambda _session: self.of(self.left))
+        monkeypatch.setattr(module, "resume", self)
+
+    @staticmethod
+    def of(names):
+        return [Pending(name, f"uuid-{name}", "target", ()) for name in sorted(names)]
+
+    def __call__(self, session, uuid):
+        name = uuid.removeprefix("uuid-")
+        self.calls.append(name)
+        if self.broken:
+            raise self.broken
+        self.names.discard(name), self.left.discard(name)
+        return [type("R", (), {"domain": name, "verb": "revert", "point": "target", "state": "done"})()]
+
+
+def test_an_interrupted_revert_goes_on_and_no_point_is_tried_meanwhile(session, monkeypatch):
+    """P5-07: the host was started anew: the keeper is gone, and the fence keeps the domain from starting."""
+    points, reverts, events = Points(monkeypatch), Reverts(monkeypatch, "web"), []
+    protect(session, "web"), protect(session, "db")
+    daemon = Daemon(session, events.append)
+    daemon.round()
+    assert reverts.calls == ["web"] and points.taken == ["db"]
+    assert [one.detail for one in events if one.kind == "resumed"] == ["the interrupted revert to target: done"]
+    daemon.round()
+    assert reverts.calls == ["web"] and sorted(points.taken) == ["db", "db", "web"]
+
+
+def test_a_revert_that_is_driven_is_left_alone(session, monkeypatch):
+    points, reverts = Points(monkeypatch), Reverts(monkeypatch, "web")
+    reverts.left.clear()
+    protect(session, "web")
+    Daemon(session, lambda _event: None).round()
+    assert reverts.calls == [] and points.taken == []
+
+
+def test_a_revert_that_cannot_be_ended_is_told_and_tried_later(session, monkeypatch):
+    Points(monkeypatch)
+    reverts, events = Reverts(monkeypatch, "web"), []
+    reverts.broken = NotRecoverable(point="target", reason="no repository")
+    daemon = Daemon(session, events.append)
+    run_for(daemon, 0.3)
+    assert reverts.calls == ["web"] and [one.kind for one in events] == ["failed"]
+    daemon._resumed["uuid-web"] = (time.time() - 61, 1)
+    run_for(daemon, 0.3)
+    assert reverts.calls == ["web", "web"]
+    daemon._resumed["uuid-web"] = (time.time() - 61, 2)
+    run_for(daemon, 0.3)
+    assert reverts.calls == ["web", "web"]
+
+
+def test_a_protection_that_comes_later_is_noticed(session, monkeypatch):
+    points = Points(monkeypatch)
+    daemon = Daemon(session, lambda _event: None)
+    daemon.round()
+    protect(session, "web")
+    daemon.round()
+    assert points.taken == ["web"]
+
+
+def test_systemd_is_told(monkeypatch, tmp_path):
+    import socket
+
+    with (
+        tempfile.TemporaryDirectory(prefix="rw") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,
+    ):
+        channel.bind(f"{folder}/notify")
+        channel.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{folder}/notify")
+        module._notify("READY=1")
+        assert channel.recv(100) == b"READY=1"
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    module._notify("READY=1")
+
+
+def test_a_tap_process_that_is_gone_is_started_again(session, monkeypatch):
+    """P5-23: also after a failure, but not at once."""
+    started, events = [], []
+
+    def ensure(_session, record):
+        started.append(record.domain)
+        if record.domain == "db":
+            raise NotRecoverable(point="p", reason="no nbdkit")
+
+    monkeypatch.setattr(module, "ensure", ensure)
+    for name in ("web", "db", "epochs"):
+        protect(session, name, every=None)
+        if name != "epochs":
+            record = protection.load(session.home, f"uuid-{name}")
+            protection.save(session.home, replace(record, continuous=True))
+    run_for(Daemon(session, events.append), 0.4)
+    assert started.count("db") == 1
+    assert started.count("web") == 1, "one that starts and dies again and again"
+    assert "epochs" not in started
+    assert ("failed", "db") in {(one.kind, one.domain) for one in events}
+    assert ("tap", "web") in {(one.kind, one.domain) for one in events}
+
+
+def test_a_domain_that_is_paused_gets_no_points(session, monkeypatch):
+    """P5-23: until the pause is over."""
+    points = Points(monkeypatch)
+    protect(session, "web", every=1)
+    session.home.run("uuid-web").mkdir(parents=True)
+    (session.home.run("uuid-web") / "pause.json").write_text(json.dumps({"until": time.time() + 0.5}))
+    daemon = Daemon(session, lambda _event: None)
+    run_for(daemon, 0.3)
+    assert points.taken == []
+    run_for(daemon, 0.5)
+    assert set(points.taken) == {"web"}

@@ -1,0 +1,69 @@
+"""`./dev`: what it promises about the private world."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import libvirt, world
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_world = pytest.mark.skipif(not world.inside(), reason="needs the private world of ./dev test")
+
+
+@needs_world
+def test_kvm_is_masked():
+    """Tests emulate, whatever the machine offers."""
+    assert not os.path.exists("/dev/kvm") or os.path.isfile("/dev/kvm")
+
+
+@needs_world
+def test_processes_of_the_machine_are_out_of_reach():
+    assert Path("/proc/1/cmdline").read_bytes().split(b"\0")[2] == b"--in-the-world"
+
+
+@needs_world
+def test_libvirt_starts_empty_and_comes_back(libvirt_uri):
+    """The machine's own domains are not seen; a restart of the daemon is possible for tests of P5-41."""
+    assert libvirt.virsh("list", "--all", "--name").stdout.strip() == ""
+    libvirt.stop()
+    assert libvirt.virsh("version", check=False).returncode != 0
+    libvirt.start()
+    assert "QEMU" in libvirt.virsh("version").stdout
+
+
+@needs_world
+def test_temporary_files_are_gone_with_the_world(tmp_path):
+    """Whole disks among them: a killed run must not fill the machine."""
+    for made in (Path(tempfile.gettempdir()), tmp_path):
+        assert os.path.samefile(os.environ["TMPDIR"], world.folder() / "tmp")
+        assert made.is_relative_to(os.environ["TMPDIR"])
+
+
+def test_nothing_to_do_is_fast():
+    """P0: a second run does not install, build or ask anything."""
+    started = time.monotonic()
+    done = subprocess.run([ROOT / "dev", "setup"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 5, "a second on an idle machine"
+    assert "installing" not in done.stderr
+
+
+def test_unknown_verb_is_one_sentence():
+    done = subprocess.run([ROOT / "dev", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nonsense" in done.stderr
+
+
+def test_the_demo_tells_that_an_answer_waits_for_the_boot(capsys):
+    """Or a revert of a second reads as one of twenty."""
+    from tests.demo.tell import Teller
+
+    Teller(as_json=False).end({"answer_seconds": 20.0, "moved_bytes": 2048})
+    out = capsys.readouterr().out
+    assert "answer seconds (from the command, with the guest's boot): 20\n" in out and "moved bytes: 2.0 KiB" in out

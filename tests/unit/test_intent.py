@@ -1,0 +1,108 @@
+"""The intent of a revert: what is durable, who drives."""
+
+import subprocess
+import sys
+
+import pytest
+
+from appliance.config import Home
+from appliance.errors import RestoreError, RevertUnderWay
+from appliance.model import MapRef
+from appliance.restore import intent as intents
+from appliance.restore.intent import DiskIntent, Intent, Phase
+
+
+def made(**changes):
+    """A revert of one disk."""
+    disk = DiskIntent(
+        "vda", "/d.qcow2", "qcow2", 1 << 20, MapRef(b"\1" * 16, 1 << 20, 5), MapRef(b"", 1 << 20), "P", "O"
+    )
+    facts = {
+        "id": "r1", "domain": "web", "uuid": "u-1", "uri": "qemu:///system", "verb": "revert", "point": "p1",
+        "safety_point": "p2",
+        "timeline": "t2", "instant": True, "was": "running", "rate": 0, "started": 1.5,
+        "repository": "{}",
+        "disks": (disk,),
+    }  # fmt: skip
+    return Intent(**(facts | changes))
+
+
+@pytest.fixture
+def home(tmp_path):
+    home = Home(tmp_path / "home")
+    home.create()
+    return home
+
+
+def test_comes_back_as_saved(home):
+    """Every field survives, binary ids included."""
+    assert intents.load(home, "u-1") is None
+    saved = intents.save(home, made().at(Phase.SWITCHED, notes=("slow",), owner=(64055, 108)))
+    assert intents.load(home, "u-1") == saved
+    assert intents.pending(home) == [saved]
+
+
+def test_refuses_until_it_has_ended(home):
+    """A point or another revert would be a lie while the disk is half-way."""
+    intents.refuse_if_under_way(home, "u-1", "web")
+    intents.save(home, made())
+    with pytest.raises(RevertUnderWay, match="'web' to p1"):
+        intents.refuse_if_under_way(home, "u-1", "web")
+    intents.save(home, made().at(Phase.DONE))
+    intents.refuse_if_under_way(home, "u-1", "web")
+    assert intents.pending(home) == []
+
+
+def test_discard_leaves_nothing(home):
+    """Patches and overlays go with the intent, twice is the same as once."""
+    intents.save(home, made())
+    (home.revert("u-1") / "patch-vda").write_bytes(b"x")
+    intents.discard(home, "u-1")
+    intents.discard(home, "u-1")
+    assert list(home.revert("u-1").iterdir()) == []
+
+
+def test_roll_back_ends_with_the_merge():
+    """Once the guest's own blocks go into the disk, the patch does not cover all that was written."""
+    allowed = {phase for phase in Phase if made().at(phase).may_roll_back}
+    assert allowed == {Phase.FENCED, Phase.SWITCHED, Phase.ROLLING_BACK}
+
+
+def test_one_driver(home):
+    """The lock of a killed driver is free at once."""
+    code = (
+        "import sys, time; from pathlib import Path; from appliance.config import Home\n"
+        "from appliance.restore.intent import drive_lock\n"
+        "with drive_lock(Home(Path(sys.argv[1])),'u-1') as mine: print(mine, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(home.path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "True\n"
+    with intents.drive_lock(home, "u-1") as mine:
+        assert not mine
+    process.kill()
+    process.wait()
+    with intents.drive_lock(home, "u-1") as mine:
+        assert mine
+
+
+def test_another_version_is_not_guessed_at(home):
+    """An intent of another format is left alone."""
+    intents.save(home, made())
+    path = home.revert("u-1") / "intent.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(RestoreError, match="another version"):
+        intents.load(home, "u-1")
+
+
+def test_discard_brings_the_revert_before_back(home):
+    """P5-05: what has not begun does not take the place of what can be undone."""
+    before = intents.save(home, made(id="before").at(Phase.DONE))
+    intents.set_aside(home, "u-1")
+    intents.save(home, made(id="after"))
+    intents.discard(home, "u-1")
+    assert intents.load(home, "u-1").id == before.id
+    intents.discard(home, "u-1")
+    intents.set_aside(home, "u-1")
+    intents.save(home, made())
+    intents.discard(home, "u-1")
+    assert intents.load(home, "u-1") is None
