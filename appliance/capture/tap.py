@@ -208,13 +208,15 @@ class Recorder:
         if self._server is None or not self._server.alive():
             self._learn_why(1.0)
             return False
+        if self._dog is not None:
+            if self._dog.alive() and not _stopped(self._dog.pid):
+                return True
+            self._dog.kill()
+        # Asked of one that has ended for sure: it may have done so this very moment, and takes its reason with it.
         self._learn_why(0.0)
         if self.killed:
             return False  # though it may still be stuck in the kernel
-        if self._dog is None or not self._dog.alive() or _stopped(self._dog.pid):
-            if self._dog is not None:
-                self._dog.kill()
-            self._start_dog()
+        self._start_dog()
         return True
 
     def _learn_why(self, timeout: float) -> None:

@@ -19,6 +19,7 @@ from appliance.capture import watchdog
 from appliance.capture.tap import Recorder
 from appliance.config import Home, Settings
 from appliance.errors import JournalError, NbdFailed
+from appliance.process import Child
 from appliance.units import MiB
 
 # The machine may be busy: a promise is kept within this, by all that a test can tell.
@@ -105,6 +106,22 @@ def test_a_lost_or_stopped_watchdog_is_replaced(recorder):
     time.sleep(0.3)
     os.kill(recorder.pid, signal.SIGSTOP)
     assert gone(recorder) < 0.25 + _LATE
+
+
+class Ending(Child):
+    """A watchdog that has done its work between one look at it and the next."""
+
+    def alive(self):
+        self.wait(5)
+        return super().alive()
+
+
+def test_a_watchdog_that_ends_while_it_is_looked_at_is_asked_why(recorder):
+    """P5-42: the reason is for the ledger, and not lost with who knew it."""
+    recorder._dog.kill()
+    recorder._dog = Ending(["sh", "-c", "sleep 0.2; echo '{\"killed\": \"it was slow\"}'"], name="ending")
+    assert not recorder.alive()
+    assert recorder.why() == "it was slow"
 
 
 def test_clients_are_freed_before_the_process_has_died(recorder):
