@@ -56,6 +56,12 @@ _DEFECTS = (
     ),
     Defect(
         (10, 0), (10, 1), True,
+        "a guest that writes to a disk with an iothread may wait for ever after any pause (virsh suspend and resume). "
+        "Rewind would pause it for its points, so it takes none of such disks while the guest runs",
+        "remove the iothread from the disk",
+    ),
+    Defect(
+        (10, 0), (10, 1), True,
         "a backup job with QEMU's default workers (virsh backup-begin in push mode) kills the guest when it is "
         "suspended or reset meanwhile",
         "do not suspend or reset this domain while another tool backs it up, or remove the iothread",
