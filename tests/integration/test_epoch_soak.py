@@ -6,6 +6,7 @@ counted apart), the next point is exact over all disks, and nothing of ours is l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -20,18 +21,46 @@ from appliance.hypervisor.base import DomainState
 from appliance.units import MiB
 from tests.support import libvirt, stamps
 from tests.support.protect import Once, Protected
-from tests.support.tiny import LibvirtGuest, TinyDisk, make_disk
+from tests.support.shared import RoomyGuest
+from tests.support.tiny import TinyDisk, make_disk
 
 _COUNT = int(os.environ.get("REWIND_FAULTS", "75"))
 _STALL_US = int(os.environ.get("REWIND_STALL_US", "300000"))
 
 
+_EXTRA = "vdx"
+
+
+class SmallStore:
+    """The repository's folder on a disk of its own that can be made full at once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700,size=8g", "rewind", folder], check=True)
+
+    def fill(self):
+        """No more than what is there, and a little."""
+        disk = os.statvfs(self.folder)
+        self._resize((disk.f_blocks - disk.f_bfree) * disk.f_frsize // 1024 + 512)
+
+    def empty(self):
+        self._resize(8 << 20)
+
+    def _resize(self, kilobytes):
+        subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", self.folder], check=True)
+
+    def close(self):
+        subprocess.run(["umount", self.folder], check=True)
+
+
 class Scene:
     """The guest, and what can happen to it. Each fault is done when the push has begun."""
 
-    def __init__(self, guest, world, chance):
+    def __init__(self, guest, world, repository, chance):
         self.guest = guest
         self.world = world
+        self.repository = repository
         self.chance = chance
         self.scattered = 0
         self.stalls = []
@@ -73,13 +102,59 @@ class Scene:
     def killed_ourselves(self):
         """Not from within: another process takes a point and dies."""
 
+    def intake_slow(self):
+        """It stands still again and again, each time for less than anybody gives up."""
+        for _ in range(8):
+            self.intake_stopped()
+            time.sleep(0.1)
+            os.kill(self.world.intake_pid(), signal.SIGCONT)
+            time.sleep(0.02)
+
+    def scratch_full(self):
+        """The guest overwrites what waits to be pushed, more than may be kept of it (see `suffer`)."""
+        self.write_again()
+
+    def write_again(self):
+        target = self.guest.targets[0]
+        self.guest.ask(f"scatter {target} 400 {self.scattered} {16 * MiB} {60 * MiB}")
+
+    def repository_full(self):
+        self.repository.fill()
+
+    def asked_to_shut_down(self):
+        """Nobody in the guest listens to the button, so it goes on."""
+        libvirt.virsh("shutdown", self.guest.name, "--mode", "acpi")
+
+    def backed_up(self):
+        """By libvirt, into files of its own; it may say no as long as we are in its way."""
+        libvirt.virsh("backup-begin", self.guest.name, check=False)
+
+    def committed(self):
+        """Refused by libvirt where there is nothing to commit or we are in its way."""
+        for target in self.guest.targets:
+            libvirt.virsh("blockcommit", self.guest.name, target, "--active", "--pivot", "--wait", check=False)
+
+    def detached(self):
+        libvirt.virsh("detach-disk", self.guest.name, _EXTRA, "--live")
+
+    def attach(self):
+        """A disk that can be taken away: no writer stamps it."""
+        path = make_disk(self.guest.folder / f"extra-{time.time_ns()}.qcow2", 16 * MiB)
+        kind = ["--driver", "qemu", "--subdriver", "qcow2", "--cache", "none", "--targetbus", "virtio"]
+        libvirt.virsh("attach-disk", self.guest.name, path, _EXTRA, *kind)
+        time.sleep(2)  # the guest has to take it, or it does not let go of it
+        self.world.point()
+
     def faults(self):
         return [
-            self.intake_killed, self.intake_stopped, self.intake_stopped_and_reset, self.reset, self.suspended,
-            self.daemon_restarted, self.destroyed, self.snapshot, self.killed_ourselves,
+            self.intake_killed, self.intake_stopped, self.intake_slow, self.intake_stopped_and_reset, self.scratch_full,
+            self.repository_full, self.reset, self.suspended, self.asked_to_shut_down, self.daemon_restarted,
+            self.destroyed, self.snapshot, self.backed_up, self.committed, self.detached, self.killed_ourselves,
         ]  # fmt: skip
 
     def suffer(self, fault):
+        if fault == self.detached:
+            self.attach()
         self.write()
         if fault == self.killed_ourselves:
             number = str(self.chance.randrange(10, 120))
@@ -88,10 +163,29 @@ class Scene:
             time.sleep(1)
             self.world.reload()
             return
+        usual = self.world.settings
+        if fault == self.scratch_full:
+            self.write_again()  # what is dirty is what will be overwritten
+            self.world.settings = usual.model_copy(update={"scratch_limit": MiB})
         try:
             self.world.point(progress=Once(fault))
         except RewindError as error:
             print("   ", type(error).__name__, error.message[:150])
+        finally:
+            self.world.settings = usual
+            self.repository.empty()
+        if fault == self.backed_up:
+            self.await_backup()
+
+    def await_backup(self):
+        """Its files are not needed, only that it comes to its end."""
+        limit = time.monotonic() + 60
+        while "None" not in libvirt.virsh("domjobinfo", self.guest.name).stdout.split("Job type:")[1].splitlines()[0]:
+            assert time.monotonic() < limit, "the backup does not end"
+            time.sleep(0.1)
+        for disk in self.guest.disks:
+            for copy in disk.path.parent.glob(f"{disk.path.name}.[0-9]*"):
+                copy.unlink()
 
     def recover(self):
         self.world.reload()
@@ -139,10 +233,13 @@ def test_random_faults(libvirt_images, tmp_path, count, iothread):
     print(f"seed {seed}")
     chance = random.Random(seed)
     disks = [TinyDisk(make_disk(libvirt_images / f"{i}.qcow2", 64 * MiB), iothread=iothread) for i in range(count)]
-    with LibvirtGuest(libvirt_images, disks, name="soak", span=1 << 20, durable=True) as guest:
+    with (
+        contextlib.closing(SmallStore(tmp_path / "repo")) as repository,
+        RoomyGuest(libvirt_images, disks, name="soak", span=1 << 20, durable=True) as guest,
+    ):
         guest.boot()
         with Protected(tmp_path, guest.uri, guest.name, rate_limit=8 * MiB) as world:
-            scene = Scene(guest, world, chance)
+            scene = Scene(guest, world, repository, chance)
             world.point()
             guest.ask("start 20")
             pauses = []

@@ -31,7 +31,7 @@ from tests.support import libvirt, stamps
 from tests.support.protect import Once, image_content
 from tests.support.tiny import LibvirtGuest, TinyDisk, make_disk
 
-__all__ = ["Refused", "Scene", "Went", "patience", "run"]
+__all__ = ["Refused", "RoomyGuest", "Scene", "Went", "patience", "run"]
 
 _SIZE = 64 * MiB
 # Slow enough that whatever is done meanwhile is done meanwhile.
@@ -55,7 +55,7 @@ def patience() -> float:
     return max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-class _Guest(LibvirtGuest):
+class RoomyGuest(LibvirtGuest):
     """With free slots for disks that are attached later."""
 
     def xml(self) -> str:
@@ -77,7 +77,7 @@ class Scene:
 
     def __post_init__(self):
         disks = [TinyDisk(make_disk(self.folder / f"{n}.qcow2", _SIZE), iothread=self.iothread) for n in "abc"]
-        self.guest = _Guest(self.folder, disks, name="shared", span=1 << 20, data=("vda", "vdb"))
+        self.guest = RoomyGuest(self.folder, disks, name="shared", span=1 << 20, data=("vda", "vdb"))
         self.guest.undefine()
         self.guest.boot()
         self.name = self.guest.name
