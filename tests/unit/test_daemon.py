@@ -219,9 +219,11 @@ def test_a_domain_that_is_paused_gets_no_points(session, monkeypatch):
     points = Points(monkeypatch)
     protect(session, "web", every=1)
     session.home.run("uuid-web").mkdir(parents=True)
-    (session.home.run("uuid-web") / "pause.json").write_text(json.dumps({"until": time.time() + 0.5}))
+    pause = session.home.run("uuid-web") / "pause.json"
+    pause.write_text(json.dumps({"until": time.time() + 60}))
     daemon = Daemon(session, lambda _event: None)
     run_for(daemon, 0.3)
     assert points.taken == []
-    run_for(daemon, 0.5)
+    pause.write_text(json.dumps({"until": time.time() - 1}))
+    run_for(daemon, 0.3)
     assert set(points.taken) == {"web"}

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -48,17 +47,21 @@ def test_one_image_one_lock_whatever_its_name(image, tmp_path):
 
 def test_the_second_waits_and_is_told_for_whom(image):
     names, said = hostlock.names_of("u-3", [str(image)]), []
-    leave = threading.Event()
+    held, leave = threading.Event(), threading.Event()
 
     def first():
         with hold(names):
+            held.set()
             leave.wait(10)
+
+    def say(text):
+        said.append(text)
+        leave.set()
 
     thread = threading.Thread(target=first)
     thread.start()
-    time.sleep(0.1)
-    threading.Timer(0.4, leave.set).start()
-    with hold(names, "/home-b", wait=10, say=said.append):
+    assert held.wait(10)
+    with hold(names, "/home-b", wait=10, say=say):
         pass
     thread.join()
     assert len(said) == 1 and "home /home-a" in said[0]

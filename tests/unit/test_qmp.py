@@ -111,7 +111,9 @@ def test_a_command_that_is_not_answered_is_named(place, server, monkeypatch):
         connection.execute("query-status")
 
 
-def test_a_domain_whose_qemu_is_stuck_is_not_shut_off(place, server):
+def test_a_domain_whose_qemu_is_stuck_is_not_shut_off(place, server, monkeypatch):
+    # It is for the first connection too, which has to succeed.
+    monkeypatch.setattr(qmp, "_CONNECT", 3.0)
     server(0, None, None)
     hypervisor = connect(f"qmp://{place}?name=web")
     domain = hypervisor.domain("web")

@@ -50,20 +50,22 @@ def test_one_verb_at_a_time_on_a_domain(home):
 
 
 def test_the_second_waits_and_says_for_whom(home):
-    said = []
-    began = time.monotonic()
+    said, told, release = [], threading.Event(), threading.Event()
+
+    def say(text):
+        said.append(text)
+        told.set()
+
+    def other():
+        with hold(home, "revert web", wait=20, say=say):
+            release.set()
+
     with hold(home):
-        threading.Timer(0.5, lambda: None).start()
-        release = threading.Event()
-
-        def other():
-            with hold(home, "revert web", wait=20, say=said.append):
-                release.set()
-
         thread = threading.Thread(target=other)
         thread.start()
-        time.sleep(0.4)
-        assert not release.is_set()
+        assert told.wait(10)
+        assert not release.wait(0.3)
+        began = time.monotonic()
     thread.join(10)
     assert release.is_set() and time.monotonic() - began < 10
     assert "waiting for `rewind point web`" in said[0]

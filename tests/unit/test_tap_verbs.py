@@ -42,10 +42,10 @@ def record(session):
 def test_a_pause_ends_by_itself(session, record, monkeypatch):
     """P5-31."""
     monkeypatch.setattr(verbs, "clean", lambda *_: None)
-    made = verbs.pause(session, "web", 0.2)
+    made = verbs.pause(session, "web", 60)
     assert made.continuous and made.until is not None
     assert verbs.paused_until(session.home, record.uuid) == pytest.approx(made.until)
-    time.sleep(0.25)
+    monkeypatch.setattr(verbs.time, "time", lambda: made.until + 1)
     assert verbs.paused_until(session.home, record.uuid) is None
 
 
@@ -124,8 +124,9 @@ def test_starting_a_tap_process_keeps_no_descriptor(session, record):
         signal_process(found.process, signal.SIGKILL)
         wait_gone(found.process, 5)
         verbs.ensure(session, record)
+    last = tap.current(session.home, record.uuid)
     protection.remove(session.home, record.uuid)
-    wait_gone(tap.current(session.home, record.uuid).process, 20)
+    assert wait_gone(last.process, 20)
     assert set(os.listdir("/proc/self/fd")) <= before
 
 

@@ -13,10 +13,13 @@ from appliance.units import CHUNK, MiB
 
 
 class Packs:
-    """Chunks that are `delay` seconds away; knows how often each was asked for, and how many at once."""
+    """Chunks that are `delay` seconds away, and behind a gate; knows how often each was asked for, and how many at
+    once."""
 
     def __init__(self, delay=0.0, content=lambda chunk: chunk.ljust(CHUNK, b"\0")):
         self.delay = delay
+        self.gate = threading.Event()
+        self.gate.set()
         self._content = content
         self.asked = []
         self.most = 0
@@ -29,6 +32,7 @@ class Packs:
             self._now += 1
             self.most = max(self.most, self._now)
         time.sleep(self.delay)
+        assert self.gate.wait(20)
         with self._lock:
             self._now -= 1
         if chunk.startswith(b"bad"):
@@ -36,36 +40,42 @@ class Packs:
         return self._content(chunk)
 
 
-def in_threads(count, work):
-    failures = []
+def at_once(packs, count, work):
+    """The errors of so many threads that are all in `work` before a pack answers."""
+    failures, arrived = [], threading.Barrier(count + 1)
+    packs.gate.clear()
 
-    def one(number):
+    def one():
+        arrived.wait(20)
         try:
-            work(number)
+            work()
         except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(count)]
+    threads = [threading.Thread(target=one) for _ in range(count)]
     for thread in threads:
         thread.start()
+    arrived.wait(20)
+    time.sleep(0.2)  # from there into `work`
+    packs.gate.set()
     for thread in threads:
         thread.join()
     return failures
 
 
 def test_a_chunk_that_many_want_is_loaded_once():
-    packs = Packs(0.05)
+    packs = Packs()
     cache = ChunkCache(packs.read)
-    assert in_threads(8, lambda _: cache.get(b"one")) == []
+    assert at_once(packs, 8, lambda: cache.get(b"one")) == []
     assert packs.asked == [b"one"]
     assert cache.get(b"one").startswith(b"one")
     assert (cache.loads, cache.hits) == (1, 1)
 
 
 def test_an_error_reaches_everyone_who_waits_and_is_tried_again_by_the_next():
-    packs = Packs(0.05)
+    packs = Packs()
     cache = ChunkCache(packs.read)
-    assert len(in_threads(4, lambda _: cache.get(b"bad"))) == 4
+    assert len(at_once(packs, 4, lambda: cache.get(b"bad"))) == 4
     assert packs.asked == [b"bad"]
     with pytest.raises(IntegrityError):
         cache.get(b"bad")
@@ -81,13 +91,20 @@ def test_the_cache_forgets_what_was_not_used_for_longest():
 
 
 def test_what_is_queued_is_on_its_way_and_a_reader_may_begin_it_himself():
-    packs = Packs(0.05)
+    packs = Packs()
     cache = ChunkCache(packs.read)
     wanted = [b"%d" % number for number in range(40)]
+    packs.gate.clear()
     cache.prefetch(wanted)
     cache.prefetch(wanted)
-    cache.get(wanted[39])
-    assert packs.asked.index(wanted[39]) < 30  # not behind two rounds of the pool
+    reader = threading.Thread(target=cache.get, args=(wanted[39],))
+    reader.start()
+    limit = time.monotonic() + 10
+    while wanted[39] not in packs.asked and time.monotonic() < limit:
+        time.sleep(0.005)
+    assert wanted[39] in packs.asked, "behind the rounds of the pool"
+    packs.gate.set()
+    reader.join()
     for chunk in wanted:
         cache.get(chunk)
     assert sorted(packs.asked) == sorted(wanted)
