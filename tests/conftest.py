@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support import libvirt, world
-
-# A limit that is passed ends the whole run, and a machine for continuous integration may be shared by many.
-_PATIENCE = 5 if os.environ.get("CI") == "true" else float(os.environ.get("REWIND_TEST_PATIENCE", "2"))
+from tests.support.limits import PATIENCE
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -19,7 +16,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         marker = item.get_closest_marker("timeout")
         limit = float(marker.args[0] if marker and marker.args else config.getini("timeout"))
-        item.add_marker(pytest.mark.timeout(limit * _PATIENCE), append=False)
+        item.add_marker(pytest.mark.timeout(limit * PATIENCE), append=False)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from appliance.errors import AlreadyExists, ConfigError, NoSpace, ObjectNotFound
 from appliance.store.backend.base import check_name
 from appliance.store.backend.faulty import Crashed, Fault, Faulty, at
 from appliance.store.backend.wrap import RETRY_ATTEMPTS, Retrying
+from tests.support.limits import limit
 
 ROOT = Path(__file__).parents[2]
 HEX = "3f0c" + "5a" * 14
@@ -129,7 +130,7 @@ def test_one_of_several_processes_wins(place):
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    wins = [[int(turn) for turn in process.communicate(timeout=20)[0].split()] for process in processes]
+    wins = [[int(turn) for turn in process.communicate(timeout=limit(20))[0].split()] for process in processes]
     assert [process.returncode for process in processes] == [0] * 3
     assert sorted(turn for won in wins for turn in won) == list(range(20))
     backend = place.open()

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tests.support.deathcalls import die_at
+from tests.support.limits import limit
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("fsync", "link", "mkdir", "unlink", "write", "open")
@@ -75,6 +76,6 @@ def test_killed_at_every_step(tmp_path):
     # kill -9 is the same in memory, where the 2000 fsyncs cost nothing.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
         argv = [sys.executable, "-c", program, folder]
-        ended = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=25)
+        ended = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=limit(25))
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) > 100

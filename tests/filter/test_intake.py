@@ -19,6 +19,7 @@ from appliance.store import RepositorySpec
 from appliance.timeline.view import DiskView
 from appliance.units import CHUNK, MiB
 from tests.filter.conftest import Shop, image, uri
+from tests.support.limits import limit
 
 
 def holds(shop: Shop, ref, data: bytes) -> bool:
@@ -46,7 +47,7 @@ def test_a_disk_sent_whole_is_stored_whole(shop, command, tmp_path):
         data[start : start + 2048] = bytes(min(2048, size - start))
     (tmp_path / "disk").write_bytes(data)
     intake = shop.intake(vda=(size, None))
-    run([word.format(file=tmp_path / "disk", uri=uri(intake.socket, "vda")) for word in command], timeout=25)
+    run([word.format(file=tmp_path / "disk", uri=uri(intake.socket, "vda")) for word in command], timeout=limit(25))
     maps = shop.maps(intake, vda=(size, None))
     assert holds(shop, maps["vda"], data)
     zero = [i for i in range(-(-size // CHUNK)) if not any(data[i * CHUNK : (i + 1) * CHUNK])]

@@ -10,6 +10,7 @@ from appliance.process import Child, run
 from appliance.units import CHUNK, MiB
 from tests.filter.conftest import image
 from tests.support.bare import Qmp
+from tests.support.limits import limit
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="needs qemu-storage-daemon")
 
@@ -42,7 +43,7 @@ def push(monitor, intake, disks, **options):
                         server={"type": "unix", "path": str(intake.socket)})  # fmt: skip
         monitor.execute("blockdev-backup", job_id=f"job-{name}", device=name, target=f"to-{name}",
                         on_target_error="report", x_perf={"max-workers": 1, "max-chunk": MiB}, **options)  # fmt: skip
-    deadline = time.monotonic() + 25
+    deadline = time.monotonic() + limit(25)
     while jobs := monitor.execute("query-jobs"):
         assert not any("error" in job for job in jobs), jobs
         assert time.monotonic() < deadline, jobs

@@ -28,6 +28,7 @@ from appliance.store.gc import gc
 from appliance.timeline.view import write_pending
 from appliance.units import CHUNK, MiB
 from tests.filter.conftest import image
+from tests.support.limits import limit
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_many_readers_at_random_get_the_right_bytes(shop, disks):
     run([
         "fio", "--name=x", "--ioengine=nbd", f"--uri={view.uri('vda')}", "--rw=randread", "--bs=4k", "--iodepth=32",
         "--size=4M",
-    ], timeout=25)  # fmt: skip
+    ], timeout=limit(25))  # fmt: skip
     for thread in threads:
         thread.join()
     assert wrong == []

@@ -16,6 +16,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.support.limits import limit
+
 __all__ = ["PowerDisk"]
 
 _SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32)
@@ -45,11 +47,11 @@ class PowerDisk:
         fcntl.ioctl(self._handle, _SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
         os.close(self._handle)
 
-    def restart(self, timeout: float = 20.0) -> None:
+    def restart(self) -> None:
         """Power is back. Whoever used it must have died."""
-        limit = time.monotonic() + timeout
+        end = time.monotonic() + limit(20)
         while subprocess.run(["umount", str(self.folder)], check=False, capture_output=True).returncode:
-            assert time.monotonic() < limit, self._users()
+            assert time.monotonic() < end, self._users()
             gc.collect()  # what we ourselves have let go of, but not closed
             time.sleep(0.1)
         self.mount()

@@ -25,6 +25,7 @@ from appliance.service import tap as verbs
 from appliance.service.instant import resolve
 from appliance.timeline.view import DiskView
 from tests.support.history import History, difference, same
+from tests.support.limits import limit
 from tests.support.taptale import Packed, Tale
 
 __all__ = ["TappedHistory"]
@@ -311,9 +312,9 @@ class TappedHistory(History):
     def check_confirmed(self) -> None:
         """What was recorded for a while can be reached: the last number, while the tap runs."""
         newest = max(self.tale.numbers)
-        limit = time.monotonic() + 10
+        end = time.monotonic() + limit(10)
         while newest not in self.reachable():
-            assert time.monotonic() < limit, f"{self.words()}\n#{newest} is not confirmed: {self.ledger().spans()[-2:]}"
+            assert time.monotonic() < end, f"{self.words()}\n#{newest} is not confirmed: {self.ledger().spans()[-2:]}"
             time.sleep(0.2)
 
     def check_all_points(self) -> None:
