@@ -5,10 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.support import libvirt, world
 from tests.support.limits import PATIENCE
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is imported: `@settings` takes what it does not say from the profile of that moment. Without
+    deadlines, because one of 200 ms judges the machine; the same examples each time where a failure would stop a
+    commit, and new ones only in a soak."""
+    soak = config.option.markexpr == "soak"
+    hypothesis.settings.register_profile("rewind", deadline=None, derandomize=not soak)
+    hypothesis.settings.load_profile("rewind")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
