@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -27,6 +28,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("timeout")
         limit = float(marker.args[0] if marker and marker.args else config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(limit * PATIENCE), append=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_guards() -> Iterator[None]:
+    """A guard stays for the next epoch of its domain, in this process: a hundred of them would be a gigabyte."""
+    yield
+    module = sys.modules.get("appliance.hypervisor.guard")
+    if module is not None:
+        with module._lock:
+            left = list(module._guards.values())
+            module._guards.clear()
+        for guard in left:
+            guard.close()
 
 
 @pytest.fixture(scope="session")
