@@ -27,13 +27,17 @@ __all__ = ["SpoolDisk", "Tapped"]
 
 
 class Tapped:
-    """`guest` runs. Everything ends with the context; a tap process that is left is killed. `home` is its folder."""
+    """`guest` runs. Everything ends with the context; a tap process that is left is killed. `home` is its folder.
 
-    def __init__(self, guest, *, uri="", latency=None, home=None, **settings):
+    The journal's watchdog is more patient than by default: where it is not what is tested, a disk of the host that
+    stands still for a moment shall not end a span.
+    """
+
+    def __init__(self, guest, *, uri="", latency=None, home=None, journal_stall=2.0, **settings):
         self.guest = guest
         self.home = Home(home or Path(tempfile.mkdtemp(prefix="rw-")))
         self.home.create()
-        (self.home.path / "rewind.yaml").write_text(yaml.safe_dump(settings) if settings else "{}\n")
+        (self.home.path / "rewind.yaml").write_text(yaml.safe_dump({"journal_stall": journal_stall, **settings}))
         self.uri = uri or guest.uri
         self.latency = latency
         with Session(self.home, self.uri) as session:
