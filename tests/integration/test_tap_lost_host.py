@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from appliance.config import Home
 from appliance.errors import InGap
+from appliance.process import wait_gone
 from appliance.service.setup import init
 from appliance.store.check import check
 from appliance.units import MiB
@@ -26,14 +26,23 @@ _FAR_SECONDS = 20.0
 
 def lose(tapped, folder):
     """The tap process dies, and of the home nothing is left but a copy of repository and key; the time of the loss."""
-    os.kill(int(tapped.running.process.partition(":")[0]), signal.SIGKILL)
+    process = tapped.running.process
+    os.kill(int(process.partition(":")[0]), signal.SIGKILL)
     lost = datetime.now(UTC)
+    assert wait_gone(process, 10)  # or it would go on in the folder that is copied
     shutil.copytree(tapped.home.path / "repository", folder / "repository")
     shutil.copy(tapped.home.key_file, folder / "key")
     tapped.home = Home(Path(tempfile.mkdtemp(prefix="rw-")) / "h")
     with tapped.session() as session:
         assert not init(session, str(folder / "repository"), key_file=folder / "key").created
     return lost
+
+
+def shipped(tapped, number):
+    """Whether the repository has more than three segments, and records beyond that one."""
+    with tapped.session() as session:
+        found = [ref.last for ref in session.repository.segments()]
+    return len(found) > 3 and max(found) > number
 
 
 @pytest.mark.timeout(150)
@@ -47,7 +56,7 @@ def test_a_lost_host_costs_seconds(libvirt_images):
             tapped.protect()
             base = tapped.spans()[-1].bases[-1]
             tapped.until(lambda: tapped.spans()[-1].last > base.sequence + 200, "nothing is recorded")
-            time.sleep(6)
+            tapped.until(lambda: shipped(tapped, base.sequence + 100), "nothing is shipped")
             far = tapped.spans()[-1].last
             lost = lose(tapped, libvirt_images)
             (span,) = tapped.spans()
