@@ -328,9 +328,9 @@ def test_a_gateway_that_hangs_and_comes_back(ceph, url, impatient):
     backend.put("config", b"")
     ceph.gateway.signal(SIGSTOP)
     timer = threading.Timer(2.5, lambda: ceph.gateway.signal(SIGCONT))
+    start = time.monotonic()
     timer.start()
     try:
-        start = time.monotonic()
         backend.put("points/1", b"manifest")
         assert time.monotonic() - start > 2
     finally:
