@@ -133,7 +133,7 @@ def test_an_interrupted_point_harms_nobody(machine, rewind, model):
 @pytest.mark.timeout(90)
 def test_the_second_waits_or_says_who_is_at_work(machine, rewind, model):
     """A12: two verbs on one domain do not collide."""
-    first = rewind.begin("point", "bare", "--rate", "1M")
+    first = rewind.begin("point", "bare", "--rate", "256K")  # the second has to start meanwhile
     lock = next((rewind.home / "domains").glob("*.lock"))
     deadline = time.monotonic() + 20
     while not lock.read_text() and time.monotonic() < deadline:
