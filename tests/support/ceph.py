@@ -1,6 +1,6 @@
 """A real S3 store for tests: one Ceph of one monitor, one OSD in memory and one gateway, without systemd.
 
-Everything is below one folder, on ports of 127.0.0.1 that were free a moment ago; the daemons are our children and
+Everything is below one folder, on ports of 127.0.0.1 that nobody is given by chance; the daemons are our children and
 die with us. Needs Debian's packages `ceph-mon ceph-osd radosgw ceph-common` and root or any user.
 
     with Ceph(folder) as ceph:
@@ -10,6 +10,7 @@ die with us. Needs Debian's packages `ceph-mon ceph-osd radosgw ceph-common` and
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import socket
 import time
@@ -218,8 +219,11 @@ class Ceph:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Bound seconds later, so not from the kernel's own range (32768 and more), out of which any client gets one."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.randrange(20000, 30000)
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            ports.add(port)
+    return list(ports)
