@@ -10,6 +10,7 @@ Everything that is said was measured in this run. Ends with exit code 1 when any
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import sys
 import tempfile
@@ -225,9 +226,8 @@ class Demo:
 
     def _later_promises(self, instant: float) -> tuple[int, int]:
         """As for the first revert, but only of what was seen after it: the rows' numbers began again."""
-        promises = type(self.subject.promises)(
-            [seen for seen in self.subject.promises.seen if seen[0] > self.damaged_at]
-        )
+        seen = [one for one in self.subject.promises.seen if one[0] > self.damaged_at]
+        promises = dataclasses.replace(self.subject.promises, seen=seen)
         return promises.at_least(instant), promises.at_most(instant)
 
     def _check(self, name: str, good: bool) -> None:

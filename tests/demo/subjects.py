@@ -9,6 +9,7 @@ instant it is known how many rows must be there (`at_least`) and how many can be
 
 from __future__ import annotations
 
+import math
 import subprocess
 import threading
 import time
@@ -67,9 +68,15 @@ class Subject(Protocol):
 
 @dataclass(slots=True)
 class Promises:
-    """(time the question was sent, time the answer came, rows) as the host saw them. Thread-safe by appending only."""
+    """(time the question was sent, time the answer came, rows) as the host saw them. Thread-safe by appending only.
 
+    Each of the `writers` makes `rate` rows a second at most.
+    """
+
+    writers: int
+    rate: int
     seen: list[tuple[float, float, int]] = field(default_factory=list)
+    stopped: float = math.inf  # when nobody wrote any more
 
     def note(self, asked: float, told: float, rows: int) -> None:
         self.seen.append((asked, told, rows))
@@ -79,9 +86,14 @@ class Promises:
         return max((rows for _, told, rows in self.seen if told <= instant), default=0)
 
     def at_most(self, instant: float) -> int:
-        """Rows that can exist then: those known of a moment later (promises travel), and one for each writer."""
-        later = [rows for asked, _, rows in self.seen if asked >= instant + 0.2]
-        return 2 + (min(later) if later else max((rows for _, _, rows in self.seen), default=0))
+        """Rows that can exist then: those known of a moment later (promises travel), and those under way; where nothing
+        is known of later, as many more as the writers can have made since somebody looked."""
+        if later := [rows for asked, _, rows in self.seen if asked >= instant + 0.2]:
+            return 2 + min(later)
+        asked, _, rows = self.seen[-1]
+        if instant >= self.stopped:
+            return rows
+        return rows + self.writers * (1 + math.ceil(self.rate * max(0.0, instant - asked)))
 
 
 class TinySubject:
@@ -90,7 +102,7 @@ class TinySubject:
     name = "tiny"
 
     def __init__(self, folder: Path) -> None:
-        self.promises = Promises()
+        self.promises = Promises(writers=2, rate=15)
         self._folder = folder
         documents = make_disk(folder / "documents.raw", 64 << 20, "raw")
         self._make_documents(documents)
@@ -100,6 +112,7 @@ class TinySubject:
         self.uri = self.guest.uri
         self._load: threading.Thread | None = None
         self._stop = threading.Event()
+        self._reset = threading.Event()  # it may be reset from now on
         self._boots = 0
 
     def _make_documents(self, image: Path) -> None:
@@ -116,8 +129,10 @@ class TinySubject:
         self.guest.boot()
 
     def begin_load(self) -> None:
-        self.guest.ask("start 15", timeout=60)
         self._stop.clear()
+        self._reset.clear()
+        self.promises.stopped = math.inf
+        self._ask_rows(f"start {self.promises.rate}", timeout=60)
         self._load = threading.Thread(target=self._watch, daemon=True)
         self._load.start()
 
@@ -128,10 +143,19 @@ class TinySubject:
             try:
                 seen = self.guest.ask("stats", timeout=2)
             except GuestSilent:
-                return  # it is being reset
+                # It is being reset, and its firmware must not be asked; or the machine has other things to do.
+                if self._reset.is_set() or self.guest.channel.boots != boots:
+                    return
+                continue
             if self.guest.channel.boots != boots:
                 return
             self.promises.note(asked, time.time(), self._rows(seen))
+
+    def _ask_rows(self, question: str, timeout: float = 30) -> None:
+        """Ask something that is answered with the rows."""
+        asked = time.time()
+        seen = self.guest.ask(question, timeout)
+        self.promises.note(asked, time.time(), self._rows(seen))
 
     @staticmethod
     def _rows(told: dict[str, Any]) -> int:
@@ -146,8 +170,8 @@ class TinySubject:
 
     def damage(self) -> tuple[str, float]:
         self._end_load()
-        self.guest.ask("stop")
-        before = time.time()
+        self._ask_rows("stop")
+        before = self.promises.stopped = time.time()
         self.guest.ask("sh rm -rf /data/documents; sync")
         # Random bytes and not zeroes: what is lost must be carried back, not only unmapped.
         layout = self.guest.layout
@@ -156,6 +180,7 @@ class TinySubject:
 
     def expect_reset(self) -> None:
         self._boots = self.guest.channel.boots
+        self._reset.set()
 
     def wait_answer(self, timeout: float, hopeless: Callable[[], bool]) -> float:
         boots = self._boots
@@ -193,7 +218,7 @@ class DebianSubject:
     name = "shop"
 
     def __init__(self, folder: Path) -> None:
-        self.promises = Promises()
+        self.promises = Promises(writers=1, rate=50)
         self.guest = DebianGuest(folder, name=self.name)
         self.uri = self.guest.uri
         self._stop = threading.Event()
