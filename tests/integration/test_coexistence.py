@@ -26,10 +26,12 @@ from appliance.service import elsewhere
 from appliance.units import MiB
 from tests.support import backups, libvirt, world
 from tests.support.backups import TARGETS, drop_checkpoints, equal, pull, push
+from tests.support.hoststall import HostStall
 from tests.support.shared import Refused, Scene, Went, patience, run
 from tests.support.tiny import BareGuest, TinyDisk
 
-# Longer than this no write of the guest may wait on a quiet machine, in seconds.
+# Longer than this no write of the guest may wait on a quiet machine, in seconds. The load of another one is in
+# `patience`, what its disk makes everybody wait for is measured beside the test.
 _STALL = 0.3
 
 
@@ -54,6 +56,13 @@ def scene(_scenes):
     found.write()
     found.unharmed()
     return found
+
+
+@pytest.fixture
+def host(scene):
+    """The machine under it, as long as the test runs."""
+    with HostStall(scene.folder) as found:
+        yield found
 
 
 # What others do. Each does it, checks what came of it, and raises Refused when the tool said no.
@@ -255,14 +264,14 @@ def cases(*whens):
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("action", "when"), cases("between", "during", "beside"))
-def test_another_tool(scene, action, when):
+def test_another_tool(scene, host, action, when):
     """A11, P5-08: see the head of this file. `beside`: at the same time in another thread, so that each may come at any
     moment of the other; then both may say no."""
     if action.prepare is not None:
         action.prepare(scene)
     scene.unharmed()
     said = {"between": between, "during": during, "beside": beside}[when](scene, action)
-    longest, pause = scene.unharmed(), max(scene.pauses)
+    longest, pause, stall = scene.unharmed(), max(scene.pauses), host.worst()
     scene.exact(scene.point())
     if action.finish is not None:
         action.finish(scene)
@@ -272,7 +281,7 @@ def test_another_tool(scene, action, when):
     scene.settle()
     scene.unharmed()
     told(action, when, said or "right", longest, pause)
-    assert max(longest, pause) < _STALL * patience(), (longest, pause, patience())
+    assert max(longest, pause) < _STALL * patience() + 2 * stall, (longest, pause, patience(), stall)
 
 
 def between(scene, action):
@@ -395,7 +404,7 @@ def refused_as_busy(scene):
 
 
 @pytest.mark.timeout(120)
-def test_our_epoch_while_their_backup_is_active(scene):
+def test_our_epoch_while_their_backup_is_active(scene, host):
     """A11: refused without a trace, however the backup came before us: begun between epochs, or in the middle of one
     and still there when that has ended. The backup is right, and so is our next point."""
     with contextlib.ExitStack() as stack:
@@ -411,11 +420,11 @@ def test_our_epoch_while_their_backup_is_active(scene):
         later = served.changes(full)
         all_equal(later, served.copy())
     scene.exact(scene.point())
-    longest, pause = scene.unharmed(), max(scene.pauses)
+    longest, pause, stall = scene.unharmed(), max(scene.pauses), host.worst()
     drop_checkpoints(scene)
     scene.settle()
     told("point in a backup", "between", "DomainBusy", longest, pause)
-    assert max(longest, pause) < _STALL * patience()
+    assert max(longest, pause) < _STALL * patience() + 2 * stall, (longest, pause, patience(), stall)
 
 
 @pytest.mark.timeout(60)
