@@ -27,8 +27,9 @@ _COUNT = int(os.environ.get("REWIND_CUTS", "20"))
 _COMMIT = 0.2
 # The fsync after the bound, and on a host that does other things too, the wait for a processor.
 _FSYNC = float(os.environ.get("REWIND_FSYNC_SECONDS", "0.3"))
-# What the ledger claims was also seen: a look each half second, confirmed by the next one at the latest.
-_LOOK = float(os.environ.get("REWIND_LOOK_SECONDS", "1.5"))
+# What the ledger claims was also seen: a look each half second, confirmed by the next one, on a host that does other
+# things too. No promise: whoever is careful loses some of what is there, and can ask for it.
+_LOOK = float(os.environ.get("REWIND_LOOK_SECONDS", "3.0"))
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,16 @@ class Loss:
         self.guest, self.tapped, self.disk = guest, tapped, disk
         self.figures: list[tuple[str, float, float]] = []
 
-    def listen(self, seconds):
-        """Ask all the time; the answers."""
-        heard, limit = [], time.monotonic() + seconds
-        while time.monotonic() < limit:
+    def bound(self):
+        """What is older than this must be there: the commit bound, and the fsync after it, which on this disk may take
+        twice as long as the longest of this journal so far."""
+        longest = self.tapped.running.control().stats()["fsync_longest_us"] / 1e6
+        return _COMMIT + max(_FSYNC, 2 * longest)
+
+    def listen(self):
+        """Ask all the time; the answers. Until there are enough of them that are older than any bound."""
+        heard, begun = [], time.monotonic()
+        while time.monotonic() < begun + self.bound() + _LOOK + 1:
             seq = tuple(self.guest.ask("stats")["seq"])
             heard.append(Heard(datetime.now(UTC), seq))
             time.sleep(0.01)
@@ -72,7 +79,8 @@ class Loss:
         tapped, before = self.tapped, self.tapped.spans()
         tapped.until(lambda: tapped.spans()[-1].last > before[-1].bases[-1].sequence + 100, "nothing is recorded")
         running, pid = tapped.running, self.guest.pid
-        heard = self.listen(2.5)
+        heard = self.listen()
+        bound = self.bound()
         died = self.die(name)
         if name == "qemu":
             tapped.until(lambda: not (tapped.running and tapped.running.attached), "not noticed", 20)
@@ -81,7 +89,7 @@ class Loss:
         self._wait_dead(pid)
         if name == "power":
             self.disk.restart()
-        self._recovered(name, heard, died)
+        self._recovered(name, heard, died, bound)
         self._captured_again(name, before, died)
 
     def _wait_dead(self, pid):
@@ -91,7 +99,7 @@ class Loss:
             time.sleep(0.02)
         self.guest.kill()
 
-    def _recovered(self, name, heard, died):
+    def _recovered(self, name, heard, died, bound):
         """What is on the disk, before anybody of ours has looked: all of the journal, and what the ledger claims."""
         tapped = self.tapped
         with Journal(tapped.home.spool(tapped.uuid)) as journal:
@@ -103,11 +111,10 @@ class Loss:
         age = (died - _moment(record.wall_ns)).total_seconds()
         claimed = (died - span.end).total_seconds()
         self.figures.append((name, age, claimed))
-        print(
-            f"{name}: newest durable record {age * 1000:.0f} ms old, claimed until {claimed * 1000:.0f} ms", flush=True
-        )
-        self._holds(tapped.at(f"#{newest}?"), heard, died, _COMMIT + _FSYNC)
-        self._holds(tapped.at(f"#{span.last}"), heard, died, _COMMIT + _FSYNC + _LOOK)
+        words = f"newest durable record {age * 1000:.0f} ms old, claimed until {claimed * 1000:.0f} ms"
+        print(f"{name}: {words}, bound {bound * 1000:.0f} ms", flush=True)
+        self._holds(tapped.at(f"#{newest}?"), heard, died, bound)
+        self._holds(tapped.at(f"#{span.last}"), heard, died, bound + _LOOK)
 
     def _holds(self, point, heard, died, bound):
         state = self.tapped.exact(point)
