@@ -28,7 +28,7 @@ _COMMIT = 0.2
 # The fsync after the bound, and on a host that does other things too, the wait for a processor.
 _FSYNC = float(os.environ.get("REWIND_FSYNC_SECONDS", "0.3"))
 # What the ledger claims was also seen: a look each half second, confirmed by the next one, on a host that does other
-# things too. No promise: whoever is careful loses some of what is there, and can ask for it.
+# things too. What it does not claim yet is there all the same, and held to the bound.
 _LOOK = float(os.environ.get("REWIND_LOOK_SECONDS", "3.0"))
 
 
@@ -56,7 +56,7 @@ class Loss:
     def listen(self):
         """Ask all the time; the answers. Until there are enough of them that are older than any bound."""
         heard, begun = [], time.monotonic()
-        while time.monotonic() < begun + self.bound() + _LOOK + 1:
+        while time.monotonic() < begun + self.bound() + _LOOK + 2.5:
             seq = tuple(self.guest.ask("stats")["seq"])
             heard.append(Heard(datetime.now(UTC), seq))
             time.sleep(0.01)
