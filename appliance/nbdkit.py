@@ -8,6 +8,7 @@ third (`filters/journal`) is compiled and needs nothing of ours.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket as sockets
@@ -20,9 +21,15 @@ from typing import Self
 from appliance.errors import ConfigError, ToolFailed
 from appliance.process import Child
 
-__all__ = ["PLUGINS", "Server"]
+__all__ = ["PLUGINS", "Server", "settle_parents_death"]
 
 PLUGINS = Path(__file__).resolve().parent.parent / "filters"
+
+# nbdkit 1.32 (not 1.42) asks for SIGTERM at its parent's death, also without `--exit-with-parent`, and so undoes what was
+# asked for when it was forked. That would end a view that has to live on, with an error for every read of a guest under
+# way; and it does not end a server that is stopped or hangs. Our plugins put it right, by this variable.
+_PARENT_DIED = "REWIND_PARENT_DIED"
+_PR_SET_PDEATHSIG = 1
 
 # sockaddr_un: the kernel takes no longer path.
 _LONGEST_SOCKET = 107
@@ -69,7 +76,8 @@ class Server:
             *(f"{key}={os.fspath(value)}" for key, value in pairs),
         ]  # fmt: skip
         self._log = log
-        self._env = _environment(env or {})
+        died = str(int(signal.SIGKILL) if die_with_parent else 0)
+        self._env = _environment({**(env or {}), _PARENT_DIED: died})
         self._pass_fds = pass_fds
         self._die_with_parent = die_with_parent
         self._child: Child | None = None
@@ -167,6 +175,13 @@ class Server:
     def _forget_socket(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.socket.unlink()
+
+
+def settle_parents_death() -> None:
+    """For plugins, in `get_ready` and thus in nbdkit's main thread, the one it holds for: what happens to this process
+    when its parent dies is what the parent wanted."""
+    if number := os.environ.get(_PARENT_DIED):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

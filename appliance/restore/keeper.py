@@ -230,7 +230,8 @@ class Keeper:
     def _tend(self, intent: Intent) -> None:
         wanted = shows(intent)
         if self._view is not None and self._shows != wanted:
-            self._stop_view()
+            # At once: one that ends in order answers what QEMU asks meanwhile with errors, and those get to the guest.
+            self._stop_view(at_once=True)
         if self._view is not None and self._view.alive():
             if time.monotonic() - self._seen < self._settings.view_timeout / 2:
                 return

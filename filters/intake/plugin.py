@@ -14,6 +14,7 @@ import nbdkit
 
 from appliance.capture.ingest import Ingest, errno_of
 from appliance.capture.intake import read_order
+from appliance.nbdkit import settle_parents_death
 from appliance.store import Repository, RepositorySpec
 from appliance.units import CHUNK
 
@@ -40,6 +41,10 @@ def config_complete() -> None:
 
 def thread_model() -> int:
     return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def get_ready() -> None:
+    settle_parents_death()
 
 
 def after_fork() -> None:

@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 
 #define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
 
@@ -187,9 +188,20 @@ read_boot_id (uint8_t id[16])
     close (fd);
 }
 
+/* nbdkit asks for SIGTERM at its parent's death, whatever was asked for before: a journal that is stopped or hangs would
+   outlive whoever watches it, with a guest waiting. The parent says what it wants (appliance/nbdkit.py). */
+static void
+settle_parents_death (void)
+{
+  const char *number = getenv ("REWIND_PARENT_DIED");
+  if (number != NULL && prctl (PR_SET_PDEATHSIG, atoi (number)) == -1)
+    nbdkit_debug ("prctl: %m");
+}
+
 static int
 journal_get_ready (void)
 {
+  settle_parents_death ();
   read_boot_id (journal.origin.boot);
   journal.disks = calloc (journal.origin.n_disks, sizeof *journal.disks);
   if (journal.disks == NULL) {

@@ -19,6 +19,7 @@ from typing import Any
 import nbdkit
 
 from appliance.errors import StoreError
+from appliance.nbdkit import settle_parents_death
 from appliance.restore.export import STATS_EXPORT, ViewOrder
 from appliance.store import RepositorySpec
 from appliance.timeline.view import ChunkCache, DiskView, read_pending
@@ -125,6 +126,10 @@ def config_complete() -> None:
 
 def thread_model() -> int:
     return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def get_ready() -> None:
+    settle_parents_death()
 
 
 def after_fork() -> None:
