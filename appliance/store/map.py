@@ -242,15 +242,17 @@ class NewNode(NamedTuple):
 
 
 def new_nodes(blocks: Blocks, known: MapRef | None, ref: MapRef) -> Iterator[NewNode]:
-    """The nodes of `ref` that `known` does not have at the same position, a parent before its children.
+    """The nodes of `ref` that `known` does not have at the same position and in the same place, a parent before its
+    children. Equal nodes may lie in different blocks, when the same content was come to from two sides, and each map
+    needs its own.
 
     After growing by two levels and more at once, all nodes count as new.
     """
     if not ref.root:
         return
     top = height(ref.size) - 1
-    root, old = _lifted(blocks, known, top)
-    if root == ref.root:
+    root, at, old = _lifted(blocks, known, top)
+    if (root, at) == (ref.root, ref.place):
         return
     waiting = [(top, ref.root, ref.place, old)]
     while waiting:
@@ -263,21 +265,21 @@ def new_nodes(blocks: Blocks, known: MapRef | None, ref: MapRef) -> Iterator[New
         places = dict(zip(slots_of(old.present), old.places, strict=True))
         for position, slot in enumerate(slots_of(node.present)):
             child = node.ids[16 * position : 16 * position + 16]
-            if before.get(slot) != child:
+            if (before.get(slot), places.get(slot)) != (child, node.places[position]):
                 below = blocks.node(places[slot], level - 1) if slot in places else _EMPTY
                 waiting.append((level - 1, child, node.places[position], below))
 
 
-def _lifted(blocks: Blocks, known: MapRef | None, top: int) -> tuple[bytes, Node]:
-    """(id, node) of `known` that covers what a root at level `top` covers; an imagined node has no id."""
+def _lifted(blocks: Blocks, known: MapRef | None, top: int) -> tuple[bytes, int, Node]:
+    """(id, place, node) of `known` that covers what a root at level `top` covers; an imagined node has no id."""
     if known is None or not known.root:
-        return b"", _EMPTY
+        return b"", 0, _EMPTY
     level, root, place = height(known.size) - 1, known.root, known.place
     while level > top:
         node = blocks.node(place, level)
         if not node.present & 1:
-            return b"", _EMPTY
+            return b"", 0, _EMPTY
         root, place, level = node.ids[:16], node.places[0], level - 1
     if level == top:
-        return root, blocks.node(place, level)
-    return b"", Node(1, root, (place,)) if level + 1 == top else _EMPTY
+        return root, place, blocks.node(place, level)
+    return b"", 0, Node(1, root, (place,)) if level + 1 == top else _EMPTY

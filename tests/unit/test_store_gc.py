@@ -258,3 +258,18 @@ def test_a_parent_deleted_while_its_child_is_committed(repo, other, place, monke
     gc(repo)
     assert read(repo, ref) == expect({0: 1, 1: 2, 5: 5})
     assert check(repo, read_data=True).ok
+
+
+@pytest.mark.parametrize("chunks", [3, 40])
+def test_equal_disks_that_were_come_to_from_two_sides_both_stay(repo, chunks):
+    """P5-09: the same content from the journal and from a bitmap: equal nodes, each in blocks of its own. Marking one
+    map beside the other must not pass over those."""
+    numbers = {index * 2: index + 1 for index in range(chunks)}
+    first = take(repo, "p1", numbers)
+    second = take(repo, "p2", numbers, second=1)
+    assert first.root == second.root and first.place != second.place
+    third = take(repo, "p3", {1: 77}, base=second, parent="p2", second=2)
+    gc(repo, live_ratio=1.0)
+    assert check(repo, read_data=True).ok
+    for ref, wanted in ((first, numbers), (second, numbers), (third, {**numbers, 1: 77})):
+        assert read(repo, ref) == expect(wanted)
