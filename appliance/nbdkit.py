@@ -25,9 +25,9 @@ __all__ = ["PLUGINS", "Server", "settle_parents_death"]
 
 PLUGINS = Path(__file__).resolve().parent.parent / "filters"
 
-# nbdkit 1.32 (not 1.42) asks for SIGTERM at its parent's death, also without `--exit-with-parent`, and so undoes what was
-# asked for when it was forked. That would end a view that has to live on, with an error for every read of a guest under
-# way; and it does not end a server that is stopped or hangs. Our plugins put it right, by this variable.
+# nbdkit 1.32 (not 1.42) asks for SIGTERM at its parent's death, also without `--exit-with-parent`, and so undoes what
+# was asked for when it was forked. That would end a view that has to live on, with an error for every read of a guest
+# under way; and it does not end a server that is stopped or hangs. Our plugins put it right, by this variable.
 _PARENT_DIED = "REWIND_PARENT_DIED"
 _PR_SET_PDEATHSIG = 1
 
@@ -116,6 +116,15 @@ class Server:
             self._child.kill()
             raise
 
+    def take_place(self, path: Path) -> None:
+        """Be found at `path` from now on, in place of whatever was found there: nobody who connects meets neither.
+        Raises ToolFailed; it is found where it was then."""
+        try:
+            self.socket.replace(path)
+        except OSError as error:
+            raise ToolFailed(tool=self._name, reason=f"its socket cannot be at {path}: {error}") from error
+        self.socket = path
+
     def alive(self) -> bool:
         """Whether the process is there; it may hang: see `answers`."""
         return self._child is not None and self._child.alive()
@@ -140,11 +149,13 @@ class Server:
             self._child.stop(grace, patience)
             self._forget_socket()
 
-    def kill(self) -> None:
-        """End it at once, whatever it does. May be repeated, also when it was not started."""
+    def kill(self, *, succeeded: bool = False) -> None:
+        """End it at once, whatever it does. May be repeated, also when it was not started. `succeeded`: its socket's
+        path is another's by now."""
         if self._child is not None:
             self._child.kill()
-            self._forget_socket()
+            if not succeeded:
+                self._forget_socket()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process; nothing happens when it has ended."""

@@ -117,9 +117,13 @@ class ViewServer:
         """End it. May be repeated."""
         self._server.stop()
 
-    def kill(self) -> None:
-        """End it at once, also when it hangs. May be repeated."""
-        self._server.kill()
+    def kill(self, *, succeeded: bool = False) -> None:
+        """End it at once, also when it hangs. May be repeated. `succeeded`: as in `nbdkit.Server.kill`."""
+        self._server.kill(succeeded=succeeded)
+
+    def take_place(self, path: Path) -> None:
+        """See `nbdkit.Server.take_place`."""
+        self._server.take_place(path)
 
     def tail(self) -> str:
         """Its last words."""

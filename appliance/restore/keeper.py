@@ -7,7 +7,8 @@
 It ends when the intent says that the revert has ended. What it knows is in its state file, for whoever needs the view:
 
     keeper.json   {"key": its process, "shows": "wanted" | "safety" | "", "view": process of the view,
-                   "holds": has the image lock, "served": bytes by earlier views, "error": why there is no view}
+                   "holds": has the image lock, "served": bytes by earlier views, "error": why there is no view,
+                   "slot": names the files of the next view}
     release       made by a driver that is about to open the images itself: its process
 
 A *process key* is pid and start time, since a pid alone may belong to somebody else by now. The view is not killed by
@@ -182,6 +183,8 @@ class Keeper:
         self._shows = ""
         self._seen = 0.0  # when the view last answered
         self._error = ""
+        self._inherited = ""  # the view of a keeper that has died
+        self._slot = 0  # names the next view's files, so that two can be there at once
         self._served = 0
         self._lock: ImageLock | None = None
         self._qemu: int | None = None
@@ -198,7 +201,7 @@ class Keeper:
                 return
             before = state(self._home, self._uuid)
             self._served = int(before.get("served", 0))
-            _kill(before.get("view", ""))
+            self._inherited, self._slot = str(before.get("view", "")), int(before.get("slot", 0))
             self._note()
             threading.Thread(target=self._ping, name="ping", daemon=True).start()
             while (intent := intents.load(self._home, self._uuid)) is not None and not intent.ended:
@@ -212,12 +215,13 @@ class Keeper:
             # First: the domain may be started from now on, and ending the view takes a moment.
             self._let_go_of_images()
             self._stop_view()
+            _kill(self._inherited)
 
     def _note(self) -> None:
         view = process_key(self._view.pid) if self._view is not None and self._view.alive() else ""
         now = {
             "key": process_key(os.getpid()), "shows": self._shows if view else "", "view": view,
-            "holds": self._lock is not None, "served": self._served, "error": self._error,
+            "holds": self._lock is not None, "served": self._served, "error": self._error, "slot": self._slot,
         }  # fmt: skip
         if now != self._written:
             temporary = self._folder / ".keeper.json"
@@ -229,28 +233,34 @@ class Keeper:
 
     def _tend(self, intent: Intent) -> None:
         wanted = shows(intent)
-        if self._view is not None and self._shows != wanted:
-            # At once: one that ends in order answers what QEMU asks meanwhile with errors, and those get to the guest.
-            self._stop_view(at_once=True)
-        if self._view is not None and self._view.alive():
+        if self._view is not None and self._shows == wanted and self._view.alive():
             if time.monotonic() - self._seen < self._settings.view_timeout / 2:
                 return
-            _log.warning("the view of %s does not answer: it is killed and started again", intent.domain)
+            _log.warning("the view of %s does not answer: another takes its place", intent.domain)
         if time.monotonic() >= self._next_start:
             self._start_view(intent, wanted)
 
     def _start_view(self, intent: Intent, wanted: str) -> None:
-        self._stop_view(at_once=True)
+        """The one before is killed when the new one can be found: QEMU tries again at once, and then only after 1, 2, 4
+        seconds. Killed and not asked to end: that would answer QEMU with errors, which get to the guest."""
+        view, self._error = None, ""
         try:
             view = self._make_view(intent, wanted)
             view.start()
+            view.take_place(socket_path(self._home, self._uuid))
         except RewindError as error:
+            if view is not None:
+                view.kill()
             self._error = str(error)
             self._next_start = time.monotonic() + 1.0
             _log.warning("the view of %s does not start: %s", intent.domain, error)
-            return
-        self._seen = time.monotonic()
-        self._view, self._shows, self._error = view, wanted, ""
+        succeeded = not self._error
+        self._stop_view(at_once=True, succeeded=succeeded)
+        _kill(self._inherited)
+        self._inherited = ""
+        if succeeded:
+            self._seen = time.monotonic()
+            self._view, self._shows, self._slot = view, wanted, 1 - self._slot
 
     def _make_view(self, intent: Intent, wanted: str) -> ViewServer:
         from appliance.restore.export import ViewServer
@@ -268,19 +278,19 @@ class Keeper:
             spec,
             {disk.target: disk.wanted if wanted == "wanted" else disk.safety for disk in intent.disks},
             pending={target: path for target, path in pending.items() if path.exists()},
-            socket=socket_path(self._home, self._uuid),
+            socket=run / f"view-{self._slot}.sock",
             owner=intent.owner,
             cache=self._settings.view_cache,
             log=self._home.log / "view.log",
             die_with_parent=False,
         )
 
-    def _stop_view(self, at_once: bool = False) -> None:
+    def _stop_view(self, at_once: bool = False, succeeded: bool = False) -> None:
         view, self._view = self._view, None
         if view is None:
             return
         if at_once or not view.alive():
-            view.kill()
+            view.kill(succeeded=succeeded)
             stats = _last_stats(view)
         else:
             stats = view.stats()

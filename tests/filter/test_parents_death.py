@@ -85,5 +85,6 @@ def test_all_others_end(shop, orphan, kind, stopped):
 
 def test_the_wish_is_told_to_every_server(tmp_path):
     """By its environment: nbdkit itself may ask the kernel for something else."""
-    wishes = [Server("view", tmp_path / "s", {}, die_with_parent=one)._env["REWIND_PARENT_DIED"] for one in (True, False)]
+    made = [Server("view", tmp_path / "s", {}, die_with_parent=one) for one in (True, False)]
+    wishes = [one._env["REWIND_PARENT_DIED"] for one in made]
     assert wishes == [str(int(signal.SIGKILL)), "0"]
