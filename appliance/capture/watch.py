@@ -28,6 +28,8 @@ Progress = Callable[[int, int, float, float | None], None]
 # A stopped intake is killed when an answer is this late; one that merely works is given a little longer.
 _LATE_STOPPED = 0.15
 _LATE = 1.5
+_BEAT = 0.05
+_OVERSLEPT = 0.5
 # Stopped, or without any progress, for so long though nobody waits for it.
 _STOPPED = 1.0
 _STUCK = 120.0
@@ -91,9 +93,15 @@ class Watched:
             self._since = None
 
     def _watch(self) -> None:
-        while not self._over.wait(0.05):
+        beat = time.monotonic()
+        while not self._over.wait(_BEAT):
+            asleep, beat = time.monotonic() - beat, time.monotonic()
             since = self._since
             if since is None:
+                continue
+            if asleep > _OVERSLEPT:
+                # We had no processor, and the intake may have had none either: it gets its time again.
+                self._since = beat
                 continue
             late = time.monotonic() - since
             if late > _LATE or (late > _LATE_STOPPED and self.stopped):

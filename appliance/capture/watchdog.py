@@ -190,7 +190,7 @@ def main(key: str, control: str, bound: str) -> int:
     try:
         journal = os.pidfd_open(int(pid))
         same = _start_time(int(pid)) == start
-    except OSError:
+    except (OSError, ValueError):
         same = False
     if not same:
         print(json.dumps({"gone": True}), flush=True)

@@ -91,7 +91,9 @@ class Guard:
         if self._ready is not None:
             import select
 
-            select.select([self._ready], [], [], _READY_TIMEOUT)
+            ready = select.poll()  # unlike select, also for descriptors beyond 1023
+            ready.register(self._ready, select.POLLIN)
+            ready.poll(_READY_TIMEOUT * 1000)
             os.close(self._ready)
             self._ready = None
 
@@ -150,6 +152,9 @@ def guarding(uri: str, uuid: str, lock: Path, log: Path | None = None, host: tup
     with _lock:
         guard = _guards.get(key)
         if guard is None or not guard.alive():
+            # The names of images are in the key: after a snapshot there would be one guard more for each.
+            for old in [one for one in _guards if one[:2] == key[:2]]:
+                _guards.pop(old).close()
             guard = _guards[key] = Guard(uri, uuid, lock, log, host)
     guard.armed()
     try:

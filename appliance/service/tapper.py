@@ -246,6 +246,8 @@ class Tapper:
         try:
             _refuse_defects(domain)
             with self._working(record, domain, "begin the tap"):
+                if paused_until(self._home, self._uuid) is not None:
+                    return  # somebody has asked us to step aside, and does not wait for one who has
                 disks = self._ready(record, domain)
                 recorder = self._recording(disks)
                 before = recorder.control().status()

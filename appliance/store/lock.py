@@ -228,9 +228,11 @@ def _alive(facts: dict[str, Any]) -> bool | None:
 
 
 def _started(pid: int) -> str:
-    """When the process began, in ticks since boot: tells it from a later one with its number. Empty: not there."""
+    """When the process began, in ticks since boot: tells it from a later one with its number. Empty: not there, or dead
+    and only not waited for by its parent yet."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[19] if fields[0] != "Z" else ""
     except (OSError, IndexError):
         return ""
 
