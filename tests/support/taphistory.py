@@ -290,7 +290,8 @@ class TappedHistory(History):
         if len(spans) < 2 or spans[-1].branched or spans[-1].id in self.tails:
             return
         self.tails.add(spans[-1].id)
-        tail = [one for one in self.tale.numbers if spans[-2].last < one <= spans[-1].first]
+        # The first one of a span may be the last one of the span before, in another state.
+        tail = [one for one in self.tale.numbers if spans[-2].last < one < spans[-1].first]
         if tail and set(spans[-2].base_points) & set(self.listed()):
             self.check_number(max(tail), "?")
             self.unseen += 1
