@@ -21,6 +21,7 @@ from appliance.capture import protection
 from appliance.config import DEFAULT_SETTINGS, Home, Settings
 from appliance.errors import DomainBusy, DomainLost, NotRecoverable, RestoreError
 from appliance.hypervisor.base import Disk, Domain, DomainState, Monitor, offline_node
+from appliance.hypervisor.graph import dataplane
 from appliance.hypervisor.graph import revert as graph
 from appliance.hypervisor.graph.dataplane import NotDriven
 from appliance.hypervisor.graph.revert import Chain, Place, ViewLost
@@ -188,16 +189,33 @@ class Driver:
         if self.intent.instant:
             self._go_on(monitor)
         if self.intent.phase in (Phase.SWITCHED, Phase.ROLLING_BACK):
-            self._hydrate(monitor, chains)
-            self._count()
+            if not self._pinning(monitor, chains):
+                self._hydrate(monitor, chains)
             self._save(Phase.MERGING)
-        graph.wait_ready(monitor, chains, self.intent.rate, self._told("merging"), note=self._note_hold)
+        self._merge(monitor, chains)
         running = bool(monitor.execute("query-status")["running"])
         self._save(Phase.PIVOTING, go_on=running or self.intent.extra.get("go_on", False))
         if running:
             monitor.execute("stop")
         graph.complete(monitor, chains)
         self._save(Phase.PIVOTED)
+
+    def _pinning(self, monitor: Monitor, chains: Sequence[Chain]) -> bool:
+        """Whether hydrating would endanger the guest. Merging alone then moves what is pending together with what the
+        guest wrote; the only loss is that from its beginning on there is no rolling back."""
+        return any(dataplane.pins(monitor, chain.device) for chain in chains)
+
+    def _merge(self, monitor: Monitor, chains: Sequence[Chain]) -> None:
+        """Until all disks have caught up; it reads the view where nothing was hydrated."""
+
+        def merge() -> None:
+            if self.intent.instant:
+                for chain in chains:
+                    dataplane.await_driver(monitor, chain.device)
+            graph.wait_ready(monitor, chains, self.intent.rate, self._told("merging"), note=self._note_hold)
+
+        self._with_view(merge)
+        self._count()
 
     def _branch(self) -> None:
         """Once, and before the guest goes on: what it writes from now on belongs to another history."""
@@ -238,10 +256,14 @@ class Driver:
         self._save(self.intent.phase, go_on=False, stopped=None)
 
     def _hydrate(self, monitor: Monitor, chains: Sequence[Chain]) -> None:
+        self._with_view(lambda: self._hydrate_each(monitor, chains))
+        self._count()
+
+    def _with_view(self, work: Callable[[], None]) -> None:
         for tries in range(_VIEW_TRIES):
             self._need_view()
             try:
-                self._hydrate_each(monitor, chains)
+                work()
                 return
             except ViewLost as error:
                 _log.warning("%s: %s", self.intent.domain, error)
@@ -332,7 +354,6 @@ class Driver:
         for chain in chains:
             graph.add_nodes(monitor, chain)
         self._hydrate(monitor, chains)
-        self._count()
         if self.intent.phase in (Phase.SWITCHED, Phase.ROLLING_BACK):
             self._save(Phase.MERGING)
         graph.wait_ready(monitor, chains, 0, self._told("merging"))

@@ -126,7 +126,8 @@ def test_scsi(start):
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("start", ["qmp"], indirect=True)
 def test_view_killed_under_load(start):
-    """Failure table: the view dies again and again under a writing and reading guest; no error, nothing wrong."""
+    """Failure table: the view dies again and again under a writing and reading guest, which its admin pauses as well;
+    no error, nothing wrong."""
     guest, world = start(disk("a", iothread=True), settings={"view_timeout": 5.0})
     write(guest, 2)
     guest.ask(f"scatter vda 800 3 {24 * MiB} {48 * MiB}")
@@ -141,6 +142,9 @@ def test_view_killed_under_load(start):
     guest.ask("start 60")
     for _ in range(3):
         time.sleep(1.0)
+        for _ in range(3):
+            guest.qmp("stop")  # QEMU hung for good here as soon as a job held the nodes in the iothread
+            guest.qmp("cont")
         key = keeper.state(world.home, world.domain.uuid).get("view", "")
         if keeper.lives(key):
             os.kill(int(key.partition(":")[0]), signal.SIGKILL)
@@ -148,7 +152,7 @@ def test_view_killed_under_load(start):
     deep = guest.ask("reads 2 32", timeout=60)
     assert deep["ok"], deep
     sees(guest, seq)
-    assert intents.load(world.home, world.domain.uuid).phase is intents.Phase.SWITCHED
+    assert intents.load(world.home, world.domain.uuid).phase is intents.Phase.MERGING, "nothing pins its nodes"
     assert guest.ask("stats")["errors"] == 0
     # Begun before the guest drives the disk, the retrieval would let QEMU abort at the driver's next reset.
     assert "Cannot change iothread" not in (guest.folder / "revert-qemu.log").read_text()

@@ -1,10 +1,15 @@
-"""When a job may begin that keeps the block nodes of a running guest's disk in their thread.
+"""What must not be done to a guest whose disk has a thread of its own, and when the rest may.
 
 The nodes of a virtio disk with an iothread are in it while the guest's driver drives the device, and in QEMU's main
 thread otherwise. A commit into a backing file lets nobody move them as long as it runs. Begun while the driver drives
 the device it does no harm: the nodes stay in the iothread. Begun before (the firmware has not come to the disk yet) it
 makes QEMU fail to start the device's thread, go on without, and abort at the driver's next reset of the device:
 `virtio_blk_set_status: Assertion '!s->dataplane_started' failed`, seen of QEMU 7.2 between firmware and kernel.
+
+And as long as it runs nobody may stop the guest: QEMU 7.2 then waits in its main thread for the iothread, which waits
+for the main thread's lock to tell the guest of a request that has ended (seen in one of three `virsh suspend` under
+load; the whole QEMU hangs for good). A commit of the top image is a mirror, which lets the nodes go where they have to:
+it is used instead for such disks, see `pins`.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import Any
 from appliance.errors import MonitorError
 from appliance.hypervisor.base import Monitor
 
-__all__ = ["NotDriven", "await_driver", "driven"]
+__all__ = ["NotDriven", "await_driver", "driven", "pins"]
 
 _POLL = 0.1
 # Firmware takes some seconds to come to its disks. Longer than this is for whoever tries again later to wait.
@@ -28,6 +33,11 @@ class NotDriven(MonitorError):
 
     template = "the guest does not drive device {command} of {domain!r}: {reason}"
     default_hint = "it goes on by itself as soon as the guest does; `rewind status {domain}` shows it"
+
+
+def pins(monitor: Monitor, device: str) -> bool:
+    """Whether a commit into a backing file would hold this device's nodes in a thread of their own."""
+    return _has_iothread(monitor, device)
 
 
 def await_driver(monitor: Monitor, device: str, patience: float = _PATIENCE) -> None:

@@ -5,6 +5,8 @@
     hydrated    device ─► O ─────────────► D        `block-commit` of P has moved its blocks into D
     merged      device ──────────────────► D        `block-commit` of O has moved what the guest wrote meanwhile
 
+Where the first job would endanger the guest (`dataplane.pins`) the second moves the blocks of both.
+
 `P` is the patch (`restore.patch`), `O` an empty overlay, `D` the guest's own disk. QEMU is only ever a client here: of
 the view, until P is hydrated. Every step looks at the graph first and does what is missing, so it may be repeated after
 any interruption; the names of nodes and jobs tell where it was (`rw-rvp-vda`, `rw-rvh-vda` …).
@@ -389,15 +391,17 @@ def wait_ready(
     monitor: Monitor, chains: Sequence[Chain], speed: int = 0, progress: Progress | None = None, patience: float = 5.0,
     note: Callable[[bool], None] = lambda _stopped: None,
 ) -> None:  # fmt: skip
-    """Merge all disks until each has caught up. A guest that writes faster than the job copies is held for moments
-    after `patience` seconds, at most 100 ms in each second; `note` as in `stopped`."""
-    begun = time.monotonic()
+    """Merge all disks until each has caught up. A guest that writes faster than the jobs copy, so that less was never
+    left for `patience` seconds, is held for moments, at most 100 ms in each second; `note` as in `stopped`."""
+    begun, least = time.monotonic(), -1
     held = False
     while not _all_ready(monitor, chains, speed):
+        done, total = _progress(monitor, chains)
         if progress is not None:
-            _tell(monitor, chains, progress)
-        impatient = time.monotonic() - begun > patience
-        if not impatient:
+            progress(done, total)
+        if least < 0 or total - done < least:
+            begun, least = time.monotonic(), total - done
+        if time.monotonic() - begun <= patience:
             time.sleep(_POLL)
             continue
         with stopped(monitor, note):
@@ -416,9 +420,10 @@ def _all_ready(monitor: Monitor, chains: Sequence[Chain], speed: int) -> bool:
     return all(ready)
 
 
-def _tell(monitor: Monitor, chains: Sequence[Chain], progress: Progress) -> None:
+def _progress(monitor: Monitor, chains: Sequence[Chain]) -> tuple[int, int]:
+    """Bytes done, and in all, of the jobs that merge."""
     jobs = [job for chain in chains if (job := _job(monitor, chain.merge)) is not None]
-    progress(sum(int(job["current-progress"]) for job in jobs), sum(int(job["total-progress"]) for job in jobs))
+    return sum(int(job["current-progress"]) for job in jobs), sum(int(job["total-progress"]) for job in jobs)
 
 
 def complete(monitor: Monitor, chains: Sequence[Chain]) -> None:
