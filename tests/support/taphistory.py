@@ -290,8 +290,9 @@ class TappedHistory(History):
         if len(spans) < 2 or spans[-1].branched or spans[-1].id in self.tails:
             return
         self.tails.add(spans[-1].id)
-        # The first one of a span may be the last one of the span before, in another state.
-        tail = [one for one in self.tale.numbers if spans[-2].last < one < spans[-1].first]
+        if any(one.sequence == spans[-2].last for one in self.ledger().branches()):
+            return  # refused: it may have been reverted before what was recorded there, or after
+        tail = [one for one in self.tale.numbers if spans[-2].last < one <= spans[-1].first]
         if tail and set(spans[-2].base_points) & set(self.listed()):
             self.check_number(max(tail), "?")
             self.unseen += 1
