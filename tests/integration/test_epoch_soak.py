@@ -122,7 +122,7 @@ class Scene:
         self.repository.fill()
 
     def asked_to_shut_down(self):
-        """Nobody in the guest listens to the button, so it goes on."""
+        """It does so, or goes on where nobody in it listens to the button."""
         libvirt.virsh("shutdown", self.guest.name, "--mode", "acpi")
 
     def backed_up(self):
