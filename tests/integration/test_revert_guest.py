@@ -14,7 +14,7 @@ from appliance.restore import fence, keeper
 from appliance.restore import intent as intents
 from appliance.restore.revert import Reverter
 from appliance.units import MiB
-from tests.support import libvirt, stamps
+from tests.support import iothreads, libvirt, stamps
 from tests.support.begin import beginning
 from tests.support.protect import Protected, image_content
 from tests.support.tiny import BareGuest, LibvirtGuest, TinyDisk, make_disk
@@ -152,7 +152,9 @@ def test_view_killed_under_load(start):
     deep = guest.ask("reads 2 32", timeout=60)
     assert deep["ok"], deep
     sees(guest, seq)
-    assert intents.load(world.home, world.domain.uuid).phase is intents.Phase.MERGING, "nothing pins its nodes"
+    # Without an iothread the blocks come by themselves, and the guest's own are moved only after them.
+    expected = intents.Phase.MERGING if iothreads.protected() else intents.Phase.SWITCHED
+    assert intents.load(world.home, world.domain.uuid).phase is expected
     assert guest.ask("stats")["errors"] == 0
     # Begun before the guest drives the disk, the retrieval would let QEMU abort at the driver's next reset.
     assert "Cannot change iothread" not in (guest.folder / "revert-qemu.log").read_text()

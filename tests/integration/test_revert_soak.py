@@ -108,9 +108,11 @@ class Scene:
         self.guest.channel.wait_up()
 
     def asked_to_shut_down(self):
-        """It does so within a second, or goes on where nobody in it listens to the button."""
+        """It does so in a moment, or goes on where nobody in it listens to the button."""
         libvirt.virsh("shutdown", self.guest.name, "--mode", "acpi")
-        time.sleep(1.5)
+        limit = time.monotonic() + 8
+        while time.monotonic() < limit and self.world.domain.state() is not DomainState.SHUTOFF:
+            time.sleep(0.2)
         if self.world.domain.state() is DomainState.SHUTOFF:
             self._start_again()
 
