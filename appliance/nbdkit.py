@@ -112,7 +112,7 @@ class Server:
         try:
             self._await_ready(time.monotonic() + timeout)
             self._hand_over()
-        except BaseException:
+        except BaseException:  # also Ctrl-C: nobody would end it
             self._child.kill()
             raise
 

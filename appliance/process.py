@@ -75,7 +75,7 @@ class Child:
                 preexec_fn=_die_with(os.getpid()) if die_with_parent else None,
             )
             self._pidfd = os.pidfd_open(self._process.pid)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: no descriptor stays open
             os.close(self._log)
             raise
 
@@ -181,7 +181,7 @@ def run(
         except subprocess.TimeoutExpired:
             process.kill()
             raise ToolFailed(tool=name, reason=f"no end after {timeout:g} s") from None
-        except BaseException:
+        except BaseException:  # also Ctrl-C: a tool does not go on without us
             process.kill()
             raise
     if process.returncode != 0:

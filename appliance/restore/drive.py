@@ -269,11 +269,11 @@ class Driver:
                 _log.warning("%s: %s", self.intent.domain, error)
                 reason = str(error.fields["reason"])
                 time.sleep(min(0.2 * 2**tries, 2.0))
-        wanted = self.intent.safety_point if self.intent.phase is Phase.ROLLING_BACK else self.intent.point
-        raise NotRecoverable(
-            point=wanted, reason=reason,
-            hint=f"`rewind resume {self.intent.domain}` tries again; with --roll-back it gives the revert up",
-        )  # fmt: skip
+        wanted = self.intent.safety_point if self.intent.rolling_back else self.intent.point
+        hint = f"`rewind resume {self.intent.domain}` tries again"
+        if self.intent.may_roll_back:
+            hint += "; with --roll-back it gives the revert up"
+        raise NotRecoverable(point=wanted, reason=reason, hint=hint)
 
     def _hydrate_each(self, monitor: Monitor, chains: Sequence[Chain]) -> None:
         """A disk that the guest does not drive yet holds the others up for as long as is waited for it, no longer."""

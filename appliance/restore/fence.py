@@ -94,7 +94,7 @@ def _replace(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o755)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: no temporary file stays
         os.unlink(temporary)
         raise
 
@@ -192,7 +192,7 @@ class ImageLock:
                 for byte in (_UNSHARE_WRITE, _UNSHARE_RESIZE):
                     # Of the open file description and not of the process, as QEMU's own: a fork does not share it out.
                     fcntl.fcntl(handle, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
-        except BaseException:
+        except BaseException:  # also Ctrl-C: all of the images are locked, or none
             self.release()
             raise
 

@@ -71,7 +71,6 @@ class Scene:
 
     def keeper_killed(self):
         """The view goes on without it; whoever resumes starts the next."""
-        self._signal("keeper", signal.SIGKILL)
         self._signal("key", signal.SIGKILL)
 
     def both_killed(self):

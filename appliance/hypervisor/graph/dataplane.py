@@ -7,9 +7,9 @@ makes QEMU fail to start the device's thread, go on without, and abort at the dr
 `virtio_blk_set_status: Assertion '!s->dataplane_started' failed`, seen of QEMU 7.2 between firmware and kernel.
 
 And as long as it runs nobody may stop the guest: QEMU 7.2 then waits in its main thread for the iothread, which waits
-for the main thread's lock to tell the guest of a request that has ended (seen in one of three `virsh suspend` under
-load; the whole QEMU hangs for good). A commit of the top image is a mirror, which lets the nodes go where they have to:
-it is used instead for such disks, see `pins`.
+for the main thread's lock to tell the guest of a request that has ended (seen in 4 of about 25 `virsh suspend` of a
+guest that writes; the whole QEMU hangs for good). A commit of the top image is a mirror, which lets the nodes go where
+they have to: it is used instead for such disks, see `pins`.
 """
 
 from __future__ import annotations
