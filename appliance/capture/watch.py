@@ -93,17 +93,15 @@ class Watched:
             self._since = None
 
     def _watch(self) -> None:
-        beat = time.monotonic()
+        beat = rested = time.monotonic()
         while not self._over.wait(_BEAT):
             asleep, beat = time.monotonic() - beat, time.monotonic()
+            if asleep > _OVERSLEPT:
+                rested = beat  # we had no processor, and the intake may have had none either: it gets its time again
             since = self._since
             if since is None:
                 continue
-            if asleep > _OVERSLEPT:
-                # We had no processor, and the intake may have had none either: it gets its time again.
-                self._since = beat
-                continue
-            late = time.monotonic() - since
+            late = time.monotonic() - max(since, rested)
             if late > _LATE or (late > _LATE_STOPPED and self.stopped):
                 self.kill(f"QEMU waited {late:.2f} s for the intake")
 

@@ -189,7 +189,9 @@ class Driver:
         if self.intent.instant:
             self._go_on(monitor)
         if self.intent.phase in (Phase.SWITCHED, Phase.ROLLING_BACK):
-            if not self._pinning(monitor, chains):
+            if self._pinning(monitor, chains):
+                self._await_all(monitor, chains)
+            else:
                 self._hydrate(monitor, chains)
             self._save(Phase.MERGING)
         self._merge(monitor, chains)
@@ -205,17 +207,25 @@ class Driver:
         guest wrote; the only loss is that from its beginning on there is no rolling back."""
         return any(dataplane.pins(monitor, chain.device) for chain in chains)
 
+    def _await_all(self, monitor: Monitor, chains: Sequence[Chain]) -> None:
+        """All that merging at once waits for: until then the revert may still be rolled back."""
+        self._need_view()
+        if self.intent.instant:
+            for chain in chains:
+                dataplane.await_driver(monitor, chain.device)
+
     def _merge(self, monitor: Monitor, chains: Sequence[Chain]) -> None:
-        """Until all disks have caught up; it reads the view where nothing was hydrated."""
+        """Until all disks have caught up; with the view where nothing was hydrated."""
 
         def merge() -> None:
-            if self.intent.instant:
-                for chain in chains:
-                    dataplane.await_driver(monitor, chain.device)
             graph.wait_ready(monitor, chains, self.intent.rate, self._told("merging"), note=self._note_hold)
 
+        if not graph.reads_view(monitor, chains):
+            merge()
+            return
         self._with_view(merge)
         self._count()
+        self._need_view()  # a `stop` waits for reads that wait for a view
 
     def _branch(self) -> None:
         """Once, and before the guest goes on: what it writes from now on belongs to another history."""

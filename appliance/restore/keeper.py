@@ -254,13 +254,12 @@ class Keeper:
             self._error = str(error)
             self._next_start = time.monotonic() + 1.0
             _log.warning("the view of %s does not start: %s", intent.domain, error)
-        succeeded = not self._error
-        self._stop_view(at_once=True, succeeded=succeeded)
+            return  # the one before may be slow and not dead
+        self._stop_view(at_once=True, succeeded=True)
         _kill(self._inherited)
         self._inherited = ""
-        if succeeded:
-            self._seen = time.monotonic()
-            self._view, self._shows, self._slot = view, wanted, 1 - self._slot
+        self._seen = time.monotonic()
+        self._view, self._shows, self._slot = view, wanted, 1 - self._slot
 
     def _make_view(self, intent: Intent, wanted: str) -> ViewServer:
         from appliance.restore.export import ViewServer

@@ -17,6 +17,7 @@ Graph changes are made while the guest is stopped: adding nodes under a disk wit
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from appliance.hypervisor.graph import dataplane, nodes, seat
 
 __all__ = [
     "Chain", "Place", "Progress", "ViewLost", "add_nodes", "cancel", "complete", "drop", "enter_hole", "hydrate",
-    "leave_hole", "merge_ready", "place", "power_cycle", "stopped", "switch", "unswitch", "wait_ready",
+    "leave_hole", "merge_ready", "place", "power_cycle", "reads_view", "stopped", "switch", "unswitch", "wait_ready",
 ]  # fmt: skip
 
 # Polling and not events: the libvirt driver sees none of our jobs' events, and one query costs a millisecond.
@@ -391,17 +392,18 @@ def wait_ready(
     monitor: Monitor, chains: Sequence[Chain], speed: int = 0, progress: Progress | None = None, patience: float = 5.0,
     note: Callable[[bool], None] = lambda _stopped: None,
 ) -> None:  # fmt: skip
-    """Merge all disks until each has caught up. A guest that writes faster than the jobs copy, so that less was never
-    left for `patience` seconds, is held for moments, at most 100 ms in each second; `note` as in `stopped`."""
-    begun, least = time.monotonic(), -1
+    """Merge all disks until each has caught up. A guest that writes faster than the job copies is held for moments
+    after `patience` seconds, at most 100 ms in each second; `note` as in `stopped`. Not while a view is read: a `stop`
+    would wait for it, so such a guest ends the merge when it rests."""
+    begun = time.monotonic()
+    if reads_view(monitor, chains):
+        patience = math.inf
     held = False
     while not _all_ready(monitor, chains, speed):
-        done, total = _progress(monitor, chains)
         if progress is not None:
-            progress(done, total)
-        if least < 0 or total - done < least:
-            begun, least = time.monotonic(), total - done
-        if time.monotonic() - begun <= patience:
+            _tell(monitor, chains, progress)
+        impatient = time.monotonic() - begun > patience
+        if not impatient:
             time.sleep(_POLL)
             continue
         with stopped(monitor, note):
@@ -420,10 +422,14 @@ def _all_ready(monitor: Monitor, chains: Sequence[Chain], speed: int) -> bool:
     return all(ready)
 
 
-def _progress(monitor: Monitor, chains: Sequence[Chain]) -> tuple[int, int]:
-    """Bytes done, and in all, of the jobs that merge."""
+def _tell(monitor: Monitor, chains: Sequence[Chain], progress: Progress) -> None:
     jobs = [job for chain in chains if (job := _job(monitor, chain.merge)) is not None]
-    return sum(int(job["current-progress"]) for job in jobs), sum(int(job["total-progress"]) for job in jobs)
+    progress(sum(int(job["current-progress"]) for job in jobs), sum(int(job["total-progress"]) for job in jobs))
+
+
+def reads_view(monitor: Monitor, chains: Sequence[Chain]) -> bool:
+    """Whether any of these disks still needs its view."""
+    return bool(_nodes(monitor) & {chain.v for chain in chains})
 
 
 def complete(monitor: Monitor, chains: Sequence[Chain]) -> None:
