@@ -10,6 +10,7 @@ import pytest
 
 from appliance.errors import RevertUnderWay
 from appliance.hypervisor import connect
+from appliance.process import signal_process
 from appliance.restore import fence, keeper
 from appliance.restore import intent as intents
 from appliance.restore.revert import Reverter
@@ -31,7 +32,7 @@ def end_keeper(world):
     for name in ("key", "view"):
         key = keeper.state(world.home, world.domain.uuid).get(name, "")
         if key and keeper.lives(key):
-            os.kill(int(key.partition(":")[0]), signal.SIGKILL)
+            signal_process(key, signal.SIGKILL)
             time.sleep(0.1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -164,7 +165,8 @@ class Bench:
                 continue
             pid = self.view_pid() if name == "view" else self.keeper_pid()
             if pid is not None:
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(pid, number)
 
     def wait_ended(self, timeout=20):
         deadline = time.monotonic() + timeout
