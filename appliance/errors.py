@@ -46,6 +46,13 @@
         FenceError                 54
         TargetExists               55
         NotConfirmed               56
+      ImageError                   60   a bootable image cannot be made, with the reason
+        NoSuchTarget               61
+        NoSuchTemplate             62
+        BadInventory               63   a target's description is wrong; the field is named
+        DriversMissing             64   no driver for hardware that has to work; nothing was written
+        GuestUnreadable            65   what the point holds cannot be read or is not a system that we know
+        NotSigned                  66   Secure Boot would refuse it
 
 Classes are named for what the caller can do. A class holds a template; the fields fill it, stay readable on the
 exception, and go into the JSON form. Messages are lower case, name the object and the value, and have no full stop.
@@ -56,10 +63,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
-    "AgentUnavailable", "AlreadyExists", "AlreadyProtected", "AmbiguousPoint", "CaptureError", "ConfigError",
-    "ConnectError", "DiskNotFound", "DomainBusy", "DomainLost", "DomainNotFound", "FenceError", "HypervisorError",
-    "InGap", "IntegrityError", "Interrupted", "JournalError", "JournalSilent", "LeftPaused", "Locked", "MonitorError",
-    "NbdFailed", "NoSpace", "NoSuchPoint", "NotConfirmed", "NotProtected", "NotRecoverable", "NotSupported",
+    "AgentUnavailable", "AlreadyExists", "AlreadyProtected", "AmbiguousPoint", "BadInventory", "CaptureError",
+    "ConfigError", "ConnectError", "DiskNotFound", "DomainBusy", "DomainLost", "DomainNotFound", "DriversMissing",
+    "FenceError", "GuestUnreadable", "HypervisorError", "ImageError", "InGap", "IntegrityError", "Interrupted",
+    "JournalError", "JournalSilent", "LeftPaused", "Locked", "MonitorError", "NbdFailed", "NoSpace", "NoSuchPoint",
+    "NoSuchTarget", "NoSuchTemplate", "NotConfirmed", "NotProtected", "NotRecoverable", "NotSigned", "NotSupported",
     "NothingToResume", "NothingToUndo", "ObjectNotFound", "PermissionDenied", "PushFailed", "RepositoryNotFound",
     "RestoreError", "RevertUnderWay", "RewindError", "SegmentCorrupt", "SequenceMissing", "StoreError",
     "TargetExists", "Temporary", "TimelineError", "ToolFailed", "VersionUnsupported", "WrongKey", "exit_codes",
@@ -352,6 +360,44 @@ class NotConfirmed(RestoreError):
     exit_code = 56
     template = "{action} was not confirmed"
     default_hint = "add --yes to do it without asking"
+
+
+class ImageError(RewindError):
+    exit_code = 60
+
+
+class NoSuchTarget(ImageError):
+    exit_code = 61
+    template = "there is no target {target!r}"
+    default_hint = "`rewind image target list` lists them, `rewind image target add` adds one"
+
+
+class NoSuchTemplate(ImageError):
+    exit_code = 62
+    template = "there is no template {template_name!r}"
+    default_hint = "`rewind image template build` makes one"
+
+
+class BadInventory(ImageError):
+    exit_code = 63
+    template = "target {target!r}: {field}: {reason}"
+
+
+class DriversMissing(ImageError):
+    exit_code = 64
+    template = "kernel {release} of {host!r} has no driver for {devices} of target {target!r}"
+    default_hint = "add the driver package of exactly that release: `rewind image drivers add`; nothing was written"
+
+
+class GuestUnreadable(ImageError):
+    exit_code = 65
+    template = "{what} cannot be read: {reason}"
+
+
+class NotSigned(ImageError):
+    exit_code = 66
+    template = "target {target!r} starts only what is signed, and {what} is not"
+    default_hint = "nothing was switched off; see `rewind image plan` for what can be signed and how"
 
 
 def exit_codes() -> list[tuple[int, str, str]]:

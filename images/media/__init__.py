@@ -1,0 +1,1 @@
+"""The forms in which one build is delivered; each medium is one module."""

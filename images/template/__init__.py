@@ -1,0 +1,1 @@
+"""The generic image, made before any request, and the initrd that is customised from it."""
