@@ -55,8 +55,8 @@ class Scratches:
         finally:
             os.close(descriptor)
 
-    def why_broken(self) -> str:
-        """Why a snapshot broke, in words that an admin can do something about."""
+    def why_full(self) -> str:
+        """In words that an admin can do something about; empty when there is room."""
         used = {target: os.fstat(file).st_blocks * 512 for target, file in self._files.items()}
         full = [target for target, size in used.items() if self._share and size + _REST > self._share]
         if full:
@@ -67,7 +67,11 @@ class Scratches:
         free = os.statvfs(self._folder)
         if free.f_bavail * free.f_frsize < _REST:
             return f"no space is left in {self._folder} for what the guest overwrote during the push"
-        return f"what the guest overwrote could not be kept in {self._folder} in time"
+        return ""
+
+    def why_broken(self) -> str:
+        """Why a snapshot broke when nothing else is at fault."""
+        return self.why_full() or f"what the guest overwrote could not be kept in {self._folder} in time"
 
     def close(self) -> None:
         for file in self._files.values():

@@ -18,7 +18,7 @@ from appliance import nbd
 from appliance.capture.intake import Intake
 from appliance.errors import PushFailed
 from appliance.hypervisor.base import Monitor
-from appliance.hypervisor.graph import base
+from appliance.hypervisor.graph import base, epoch
 
 __all__ = ["Progress", "Watched", "flush", "silent", "wait"]
 
@@ -74,7 +74,7 @@ class Watched:
         self._monitor.close()
 
     def kill(self, reason: str) -> None:
-        """End the intake at once; its jobs end with an error and the guest goes on."""
+        """End the intake at once; its jobs break off and the guest goes on."""
         if not self.killed:
             self.killed = reason
             self._intake.kill()
@@ -116,8 +116,8 @@ def _process_state(intake: Intake) -> str:
 def wait(monitor: Watched, names: Sequence[str], timeout: float, progress: Progress) -> None:
     """Until all these jobs have ended well; they stay there to be dismissed.
 
-    Raises PushFailed when one failed, was cancelled, or took longer than `timeout` seconds: the intake is killed then,
-    so that every job has ended when this returns or raises (but for DomainLost).
+    Raises PushFailed when one broke off, has vanished, or took longer than `timeout` seconds: the caller has to cancel
+    them all then. `killed` tells whether it was our hand.
     """
     begun = moved = stopped = time.monotonic()
     last, pause = -1, 0.005
@@ -130,24 +130,28 @@ def wait(monitor: Watched, names: Sequence[str], timeout: float, progress: Progr
             last, moved = done, now
         stopped = stopped if monitor.stopped else now
         _tell(progress, done, total, now - begun)
-        if all(name in mine and mine[name]["status"] == "concluded" for name in names):
-            break
-        if len(mine) < len(names) or _too_long(monitor, now, begun + timeout, stopped, moved):
-            monitor.kill("a job has vanished")
+        if all(name in mine and mine[name]["status"] == "pending" for name in names):
+            epoch.finish(monitor, names)
+            return
+        _too_long(monitor, now, begun + timeout, stopped, moved)
+        _raise_failure(monitor, names, mine)
         time.sleep(pause)
         pause = min(pause * 1.5, 0.1)
-        if monitor.killed and all(job["status"] == "concluded" for job in mine.values()):
-            break
-    _raise_failure(monitor, mine)
 
 
-def _raise_failure(monitor: Watched, jobs: Mapping[str, Mapping[str, Any]]) -> None:
-    failed = {name: str(job["error"]) for name, job in jobs.items() if "error" in job}
-    if failed or monitor.killed:
-        disks = ", ".join(monitor.targets.get(name, name) for name in failed) or "any disk"
-        # The hand that killed the intake knows more than QEMU, for which that is an I/O error.
-        reason = monitor.killed or "; ".join(sorted(set(failed.values())))
-        raise PushFailed(domain=monitor.domain, disk=disks, reason=reason)
+def _raise_failure(monitor: Watched, names: Sequence[str], jobs: Mapping[str, Mapping[str, Any]]) -> None:
+    """If there is one."""
+    standing = [name for name, job in jobs.items() if job["status"] == "paused"]
+    broken = base.broken_off(monitor, standing) if standing else {}
+    gone = [name for name in names if name not in jobs or jobs[name]["status"] == "concluded"]
+    if not (monitor.killed or broken or gone):
+        return
+    disks = ", ".join(monitor.targets.get(name, name) for name in broken or gone) or "any disk"
+    # The hand that killed the intake knows more than QEMU, for which that is an I/O error.
+    reason = monitor.killed or ("its job has vanished" if not broken else "I/O error")
+    if not monitor.killed and "nospace" in broken.values():
+        reason = "no space left"
+    raise PushFailed(domain=monitor.domain, disk=disks, reason=reason)
 
 
 def flush(monitor: Watched, socket: Path, exports: Sequence[str], timeout: float) -> None:
@@ -178,14 +182,13 @@ def flush(monitor: Watched, socket: Path, exports: Sequence[str], timeout: float
         raise PushFailed(domain=monitor.domain, disk=", ".join(exports), reason=reason)
 
 
-def _too_long(monitor: Watched, now: float, deadline: float, stopped: float, moved: float) -> bool:
+def _too_long(monitor: Watched, now: float, deadline: float, stopped: float, moved: float) -> None:
     if now > deadline:
         monitor.kill("it took too long")
     elif now - stopped > _STOPPED:
         monitor.kill("the intake was stopped")
     elif now - moved > _STUCK:
         monitor.kill(f"nothing moved for {_STUCK:.0f} s")
-    return False
 
 
 def _tell(progress: Progress, done: int, total: int, seconds: float) -> None:

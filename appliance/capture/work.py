@@ -289,15 +289,25 @@ class Work:
             raise PushFailed(domain=self.domain.name, disk=", ".join(targets), reason=reason) from error
 
     def _wait(self, watched: watch.Watched, scratches: Scratches | None = None) -> None:
-        """For the jobs. What QEMU says about a full repository or a full scratch is an errno; here it is told."""
+        """For the jobs. QEMU hardly tells why one broke off: it may be the repository, the intake or the scratch."""
         try:
             watch.wait(watched, self.contents.jobs(), self.settings.epoch_timeout, self.progress)
         except PushFailed as error:
-            if "no space left" in error.message.lower():
+            if watched.killed:
+                raise
+            if "no space left" in (error.message + self.intake.tail()).lower():
                 raise self._full() from error
-            if scratches is not None and "permission denied" in error.message.lower():
-                raise PushFailed(**{**error.fields, "reason": scratches.why_broken()}) from error
-            raise
+            raise PushFailed(**{**error.fields, "reason": self._why_broken(scratches, error)}) from error
+
+    def _why_broken(self, scratches: Scratches | None, error: PushFailed) -> str:
+        if scratches is not None and (full := scratches.why_full()):
+            return full
+        said = self.intake.tail().rpartition("\n")[2]
+        if not self.intake.alive():
+            return f"the intake has ended: {said}" if said else "the intake has ended"
+        if said or scratches is None:
+            return said or str(error.fields["reason"])
+        return scratches.why_broken()
 
     def _full(self) -> NoSpace:
         return NoSpace(url=self.repo.url, name="the rest of the epoch")

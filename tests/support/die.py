@@ -36,7 +36,7 @@ def main(folder, uri, name, number, rate="0"):
         nonlocal count
         answer = real(self, command, fd, arguments)
         # Polling takes any number of commands; it counts as one.
-        count += command != "query-jobs"
+        count += command not in ("query-jobs", "query-block-jobs")
         if count == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
         return answer

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +255,13 @@ def jobs(monitor: Monitor) -> list[dict[str, Any]]:
     """QEMU's background jobs: id, type, status, current-progress, total-progress, error when it failed."""
     listed: list[dict[str, Any]] = monitor.execute("query-jobs")
     return listed
+
+
+def broken_off(monitor: Monitor, names: Collection[str]) -> dict[str, str]:
+    """Those of these jobs that stand still because of an error, which they were told to do, with what QEMU knows of it:
+    `nospace` or `failed`."""
+    listed: list[dict[str, Any]] = monitor.execute("query-block-jobs")
+    return {job["device"]: job["io-status"] for job in listed if job["device"] in names and job["io-status"] != "ok"}
 
 
 def wait_jobs_gone(monitor: Monitor, names: Sequence[str], timeout: float) -> bool:

@@ -30,8 +30,8 @@ from appliance.hypervisor.graph import base, seat
 from appliance.units import CHUNK, MiB
 
 __all__ = [
-    "Source", "add_intake", "add_scratch", "drop", "forget", "freeze", "give_back", "insert", "node_of", "push",
-    "take_allocated", "take_out", "unwatch_holes", "watch_holes",
+    "Source", "add_intake", "add_scratch", "drop", "finish", "forget", "freeze", "give_back", "insert", "node_of",
+    "push", "take_allocated", "take_out", "unwatch_holes", "watch_holes",
 ]  # fmt: skip
 
 # Descriptor sets of libvirt begin at 0; ours are far away.
@@ -204,6 +204,10 @@ def push(monitor: Monitor, source: Source, *, speed: int = 0, inserted: bool = T
 
     From the snapshot after `insert`; with `inserted` false straight from the disk, whose guest must be paused or
     absent until the job has ended.
+
+    A job takes its filter out of the graph when it ends. If that comes while QEMU waits for requests on behalf of
+    somebody else (a reset lets go of an iothread's disks one by one), QEMU 7.2 may abort. So no job ends by itself: on
+    an error it stands still (`base.broken_off`) until it is cancelled, and a whole one is pending until `finish`.
     """
     device = node_of(source, "snap") if inserted else source.disk.node
     what: dict[str, Any] = {"sync": "top" if source.sparse else "full"}
@@ -220,8 +224,10 @@ def push(monitor: Monitor, source: Source, *, speed: int = 0, inserted: bool = T
         device=device,
         target=node_of(source, "in"),
         filter_node_name=node_of(source, "f"),
+        auto_finalize=False,
         auto_dismiss=False,
-        on_target_error="report",
+        on_source_error="stop",
+        on_target_error="stop",
         speed=speed,
         x_perf={"max-workers": 1 if source.disk.iothread else _WORKERS, "max-chunk": _longest(monitor, inserted)},
         **what,
@@ -233,6 +239,12 @@ def _longest(monitor: Monitor, inserted: bool) -> int:
     if inserted and base.nodes.major_version(monitor) < _RIGHT:
         return CHUNK
     return MiB
+
+
+def finish(monitor: Monitor, names: Sequence[str]) -> None:
+    """Let these jobs end, all of which have copied everything and are pending."""
+    for name in names:
+        monitor.execute("job-finalize", id=name)
 
 
 def drop(monitor: Monitor, sources: Sequence[Source]) -> None:
