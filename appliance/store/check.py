@@ -3,7 +3,7 @@
     1 every pack's table is read anew (the index is a cache, so it is no witness); with `read_data` every record too
     2 every point's object is opened, with its lists
     3 every map is walked: each node must hash to its id, each chunk must be in a pack found good in 1
-    4 the tables of every segment of a journal are opened, with `read_data` all of it
+    4 the tables of every segment of a journal and of every blob are opened, with `read_data` all of it
 
 Nothing is changed, unless `repair` is given: then what is damaged is written down in the repository, so that nobody
 relies on it any more and the next capture that comes across the same content stores it again, which makes the affected
@@ -20,7 +20,7 @@ from typing import Final
 
 from appliance.errors import AlreadyExists, IntegrityError, NoSuchPoint, ObjectNotFound, StoreError, VersionUnsupported
 from appliance.model import Point
-from appliance.store import ledgers, manifest, segments
+from appliance.store import ledgers, manifest, parted
 from appliance.store.codec import decompress
 from appliance.store.node import BLOCK_SIZE, NODE_VERSION, OFFSET_BITS, Blocks, Node, block_record, height
 from appliance.store.pack import CHUNK_RECORD, Entry, label, pack_name, verify_pack
@@ -39,8 +39,8 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True, slots=True)
 class Problem:
     """`kind`: lost-pack, damaged-pack, damaged-records, missing-chunk, missing-block, damaged-node, damaged-point,
-    damaged-timeline, damaged-segment, damaged-ledger. `object` is the object's name, or the id of what is in none.
-    `records` that are lost with it and needed; `points` that cannot be recovered whole because of it, sorted.
+    damaged-timeline, damaged-segment, damaged-ledger, damaged-blob. `object` is the object's name, or the id of what is
+    in none. `records` that are lost with it and needed; `points` that cannot be recovered whole because of it, sorted.
     """
 
     kind: str
@@ -96,6 +96,7 @@ def check(repo: Repository, read_data: bool = False, progress: Progress | None =
             bad = _walk(repo, points, step)
         report.problems = [*packs.problems(bad, old), *damaged, *_timelines(repo), *_ledgers(repo)]
         report.problems += _segments(repo, read_data, report, step)
+        report.problems += _blobs(repo, read_data, report)
         if repair:
             packs.write_down()
             repo.index.damaged(load_damaged(repo.backend))
@@ -260,7 +261,7 @@ def _segments(repo: Repository, read_data: bool, report: Report, step: Progress)
     found = repo.segments()
     for done, ref in enumerate(found):
         try:
-            report.bytes_read += segments.prove(repo.backend, repo.codec, ref, read_data)
+            report.bytes_read += parted.prove(repo.backend, repo.codec, ref.name, read_data)
         except ObjectNotFound:
             continue  # deleted since
         except (IntegrityError, VersionUnsupported) as error:
@@ -269,6 +270,18 @@ def _segments(repo: Repository, read_data: bool, report: Report, step: Progress)
                 yield Problem("damaged-segment", ref.name, f"{error.fields['object']}: {_reason(error)}")
         report.segments += 1
         step("segments", done + 1, len(found))
+
+
+def _blobs(repo: Repository, read_data: bool, report: Report) -> Iterator[Problem]:
+    """No point needs one: what is lost with it has to be made or added again."""
+    for ref in repo.blobs():
+        try:
+            report.bytes_read += parted.prove(repo.backend, repo.codec, ref.object, read_data)
+        except ObjectNotFound:
+            continue  # deleted since
+        except (IntegrityError, VersionUnsupported) as error:
+            if ref in repo.blobs(ref.kind):
+                yield Problem("damaged-blob", ref.object, f"{error.fields['object']}: {_reason(error)}")
 
 
 def _walk(repo: Repository, points: list[Point], step: Progress) -> dict[_Bad, set[str]]:

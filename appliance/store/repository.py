@@ -5,6 +5,7 @@
     points/DOMAIN/POINT     creating it is the commit          timelines/DOMAIN/TIMELINE
     segments/DOMAIN/…       journals of continuous capture: see segments.py
     ledgers/DOMAIN/…        what that covered: see ledgers.py
+    blobs/KIND/NAME         templates, targets and drivers of bootable images: see blobs.py
     locks/…                 who is at work                     gc/…      what is about to be dropped
     damaged/PACK            records that are known to be unreadable, so that they are stored again
 
@@ -33,9 +34,10 @@ from appliance.errors import (
     WrongKey,
 )
 from appliance.model import MapRef, Point, Timeline
-from appliance.store import collection, ledgers, manifest, segments
+from appliance.store import blobs, collection, ledgers, manifest, parted, segments
 from appliance.store.ahead import Ahead
 from appliance.store.backend.base import Backend
+from appliance.store.blobs import BlobRef
 from appliance.store.codec import Box, Codec, compress, decompress
 from appliance.store.index import Index
 from appliance.store.key import Key
@@ -282,16 +284,40 @@ class Repository:
         return [ref for ref in segments.listing(self.backend, domain_uuid) if ref.whole or not whole]
 
     def fetch_segment(self, ref: SegmentRef, path: Path) -> None:
-        """The file as it was, proved, or none; see `segments.fetch`. Raises ObjectNotFound, IntegrityError."""
-        segments.fetch(self.backend, self.codec, ref, path)
+        """The file as it was, proved, or none; see `parted.fetch`. Raises ObjectNotFound, IntegrityError."""
+        parted.fetch(self.backend, self.codec, ref.name, path)
 
     def read_segment(self, ref: SegmentRef, offset: int = 0, length: int | None = None) -> bytes:
-        """A range of the file; see `segments.read`. Raises ObjectNotFound, IntegrityError."""
-        return segments.read(self.backend, self.codec, ref, offset, length)
+        """A range of the file; see `parted.read`. Raises ObjectNotFound, IntegrityError."""
+        return parted.read(self.backend, self.codec, ref.name, offset, length)
 
     def delete_segment(self, ref: SegmentRef) -> None:
         """Its space is free at once. No error when it is gone."""
-        segments.delete(self.backend, ref)
+        parted.delete(self.backend, ref.name)
+
+    # Libraries: templates, targets, drivers
+
+    def put_blob(self, kind: str, name: str, path: Path) -> None:
+        """Store the file, durably; see `blobs.put`. Raises AlreadyExists for another content of that name."""
+        blobs.put(self.backend, self.codec, kind, name, path)
+
+    def blobs(self, kind: str = "") -> list[BlobRef]:
+        """By kind and name; one listing."""
+        return blobs.listing(self.backend, kind)
+
+    def fetch_blob(self, ref: BlobRef, path: Path) -> None:
+        """The file as it was, proved, or none; see `parted.fetch`. Raises ObjectNotFound, IntegrityError."""
+        parted.fetch(self.backend, self.codec, ref.object, path)
+
+    def read_blob(self, ref: BlobRef) -> bytes:
+        """All of it. Raises ObjectNotFound, IntegrityError."""
+        return parted.read(self.backend, self.codec, ref.object)
+
+    def delete_blob(self, ref: BlobRef) -> None:
+        """Its space is free at once. No error when it is gone."""
+        parted.delete(self.backend, ref.object)
+
+    # What continuous capture covered
 
     def put_ledger(self, domain_uuid: str, data: bytes) -> None:
         """A copy of the domain's ledger takes the place of the one before, durably."""

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from appliance.capture import ship
-from appliance.errors import AlreadyExists, ObjectNotFound, StoreError
+from appliance.errors import AlreadyExists, ConfigError, ObjectNotFound, StoreError
 from appliance.store import Key, Repository, open_backend
 from appliance.store.backend.faulty import Crashed, Fault, Faulty, at
 from appliance.store.backend.memory import MemoryBackend
 from appliance.store.backend.wrap import Retrying
 from appliance.store.check import check
 from appliance.store.gc import gc
-from appliance.store.segments import FRAME, PART
+from appliance.store.parted import FRAME, PART
 from tests.support.journal import Scribe
 from tests.support.store import DOMAIN, take
 
@@ -205,3 +205,28 @@ def test_the_gateway_dies_while_segments_are_shipped(ceph, tmp_path):
         back = ship.fetch(repo, DOMAIN, JOURNAL, tmp_path / "back", 0, 24)
         assert [part.path.read_bytes() for part in back.parts] == [path.read_bytes() for path in paths]
         assert repo.read_segment(repo.segments("long")[0]) == long[0].read_bytes()
+
+
+def test_blobs_are_kept_listed_read_and_deleted(repo, place, files, tmp_path):
+    """P6-06: a library beside the points, seen by another process; gc leaves it alone, check names what is damaged."""
+    repo.put_blob("templates", "a1", files[0])
+    repo.put_blob("targets", "rack-7", files[1])
+    repo.put_blob("targets", "rack-7", files[1])  # again is no error
+    with pytest.raises(AlreadyExists):
+        repo.put_blob("targets", "rack-7", files[0])
+    with pytest.raises(ConfigError, match=r"name '\.\./up'"):
+        repo.put_blob("targets", "../up", files[1])
+    gc(repo)
+    with Repository.open(place.open(), cache=tmp_path / "other", key=KEY) as other:
+        assert [(ref.kind, ref.name) for ref in other.blobs()] == [("targets", "rack-7"), ("templates", "a1")]
+        (template,) = other.blobs("templates")
+        assert template.stored > FRAME
+        other.fetch_blob(template, tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == files[0].read_bytes()
+        assert other.read_blob(other.blobs("targets")[0]) == b"short"
+    assert check(repo, read_data=True).ok
+    repo.backend.delete(f"{template.object}.1")
+    assert [problem.kind for problem in check(repo).problems] == ["damaged-blob"]
+    repo.delete_blob(template)
+    assert check(repo).ok
+    assert [ref.kind for ref in repo.blobs()] == ["targets"]

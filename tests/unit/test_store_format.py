@@ -17,7 +17,19 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from appliance.errors import VersionUnsupported
 from appliance.model import Consistency, DiskKind, PointStats, Timeline
-from appliance.store import Key, Repository, collection, lock, manifest, node, open_backend, pack, repository, segments
+from appliance.store import (
+    Key,
+    Repository,
+    collection,
+    lock,
+    manifest,
+    node,
+    open_backend,
+    pack,
+    parted,
+    repository,
+    segments,
+)
 from appliance.store.check import check
 from appliance.store.gc import gc
 from appliance.units import CHUNK
@@ -241,8 +253,8 @@ def test_format_md_names_the_versions_and_objects_of_the_code():
         manifest.LEDGERS,
     ):
         assert f"| `{prefix}" in page
-    assert f'"RWS" | version u8 = {segments.VERSION}' in page
-    assert str(segments.FRAME) in page
+    assert f'"RWS" | version u8 = {parted.VERSION}' in page
+    assert str(parted.FRAME) in page
     assert f"version u8 = {pack.VERSION}" in page
     assert f"version u8 = {node.NODE_VERSION}" in page
     assert str(node.BLOCK_SIZE) in page

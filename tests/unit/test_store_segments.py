@@ -11,7 +11,8 @@ from appliance.store import Key, Repository
 from appliance.store.backend.memory import MemoryBackend
 from appliance.store.check import check
 from appliance.store.gc import gc
-from appliance.store.segments import FRAME, PART, SegmentRef
+from appliance.store.parted import FRAME, PART
+from appliance.store.segments import SegmentRef
 from tests.support.store import DOMAIN, expect, read, take
 
 KEY = Key(bytes(range(32)))
