@@ -59,7 +59,7 @@ class Inventory(_Strict):
     (`ttyS0`).
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     source: Literal["libvirt", "xml", "qemu", "script", "redfish", "profile"]
     firmware: Firmware
     arch: Literal["x86_64"] = "x86_64"
