@@ -1,0 +1,182 @@
+"""The parent of a confined child: a Tree (see `images.tree`) whose every answer comes from there, and is checked.
+
+The child may crash, hang, or answer anything: each becomes GuestUnreadable, and the reader is over then. Names, paths
+and text that it tells are limited and never used on the host.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from appliance.errors import GuestUnreadable, RewindError
+from images.guest import confine, wire
+from images.guest.blocks import Blocks, check_inside
+from images.guest.files import Unsupported
+from images.guest.volumes import Volume
+from images.tree import Kind
+
+__all__ = ["ConfinedTree"]
+
+_PATH = 4096
+_VOLUMES = TypeAdapter(tuple[Volume, ...])
+
+
+class ConfinedTree:
+    """Not thread-safe. `seconds` is how long one answer may take."""
+
+    def __init__(
+        self, program: list[str], disks: Mapping[str, Blocks], *, seconds: float = 120, log: Path | None = None
+    ) -> None:
+        """Start it. Raises ToolFailed, GuestUnreadable; nothing runs then."""
+        self._disks = disks
+        self._seconds = seconds
+        self._over: str = ""
+        self._child, self._socket = confine.start(program, name="guest-reader", log=log)
+
+    @classmethod
+    def fast(cls, disks: Mapping[str, Blocks], *, seconds: float = 120) -> Self:
+        """The reader for ext2 to ext4 and FAT, on partitions and linear volumes of LVM."""
+        sizes = json.dumps({name: disk.size for name, disk in disks.items()})
+        return cls([sys.executable, "-P", "-m", "images.guest.child", sizes], disks, seconds=seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the process outside that waits for the one inside."""
+        return self._child.pid
+
+    def close(self) -> None:
+        """End the child. May be repeated."""
+        self._socket.close()
+        self._child.stop(grace=1)
+
+    def volumes(self) -> tuple[Volume, ...]:
+        """What lies on the disks."""
+        try:
+            return _VOLUMES.validate_python(self._ask({"do": "volumes"}), strict=False)
+        except ValidationError as error:
+            raise self._end(f"its reader tells no volumes: {error.errors()[0]['msg']}") from error
+
+    def mount(self, volume: str, where: str) -> None:
+        """Put a volume's files at a path; at `/` all others go. Raises Unsupported, GuestUnreadable."""
+        self._ask({"do": "mount", "volume": volume, "where": where})
+
+    # --- Tree ---
+
+    def read(self, path: str, limit: int) -> bytes:
+        parts = bytearray()
+        self._ask({"do": "read", "path": path, "limit": limit}, parts, limit)
+        return bytes(parts)
+
+    def list(self, path: str) -> tuple[str, ...]:
+        names = self._ask({"do": "list", "path": path})
+        if not isinstance(names, list) or not all(isinstance(name, str) and _is_name(name) for name in names):
+            raise self._end(f"its reader tells no names of {path!r}")
+        return tuple(sorted(names))
+
+    def kind(self, path: str) -> Kind:
+        try:
+            return Kind(self._ask({"do": "kind", "path": path}))
+        except ValueError as error:
+            raise self._end(f"its reader does not tell what {path!r} is") from error
+
+    def resolve(self, path: str) -> str:
+        found = self._ask({"do": "resolve", "path": path})
+        if not isinstance(found, str) or not _is_resolved(found):
+            raise self._end(f"its reader does not tell where {path!r} is")
+        return found
+
+    # --- the conversation ---
+
+    def _ask(self, question: dict[str, Any], parts: bytearray | None = None, limit: int = 0) -> Any:
+        path = question.get("path", "")
+        if self._over:
+            raise GuestUnreadable(what="the point", reason=self._over)
+        if "\0" in path or len(path) > _PATH:
+            raise FileNotFoundError(path)
+        try:
+            return self._conversation(question, path, bytearray() if parts is None else parts, limit)
+        except wire.Closed as error:
+            raise self._end(f"its reader ended: {self._last_words()}") from error
+        except wire.Garbage as error:
+            raise self._end(f"its reader sent {error}") from error
+        except TimeoutError as error:
+            raise self._end(f"its reader gave no answer within {self._seconds:g} s") from error
+
+    def _conversation(self, question: dict[str, Any], path: str, parts: bytearray, limit: int) -> Any:
+        deadline = time.monotonic() + self._seconds
+        self._send(deadline, question)
+        while True:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            answer, data = wire.receive(self._socket)
+            if "need" in answer:
+                self._send(deadline, *self._block(answer))
+            elif "part" in answer and len(parts) + len(data) <= limit:
+                parts += data
+            elif "done" in answer:
+                return answer["done"]
+            elif "missing" in answer:
+                raise FileNotFoundError(path)
+            elif "failed" in answer:
+                raise _failure(answer)
+            else:
+                raise wire.Garbage("what was not asked for")
+
+    def _send(self, deadline: float, message: dict[str, Any], data: bytes = b"") -> None:
+        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+        wire.send(self._socket, message, data)
+
+    def _block(self, need: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        name, offset, length = need["need"], need.get("offset"), need.get("length")
+        disk = self._disks.get(name) if isinstance(name, str) else None
+        if disk is None or not isinstance(offset, int) or not isinstance(length, int) or length > wire.CHUNK:
+            raise wire.Garbage("a wish for blocks of no disk")
+        try:
+            check_inside(disk, offset, length)
+            return {}, disk.read(offset, length)
+        except RewindError as error:
+            return {"failed": str(error)}, b""
+
+    def _last_words(self) -> str:
+        last = self._child.tail().rpartition("\n")[2]
+        try:
+            code = self._child.wait(1)
+        except TimeoutError:
+            code = None
+        return _text(last) or f"status {code}"
+
+    def _end(self, reason: str) -> GuestUnreadable:
+        """The child is of no use any more."""
+        self._over = reason
+        self._child.kill()
+        return GuestUnreadable(what="the point", reason=reason)
+
+
+def _failure(answer: dict[str, Any]) -> GuestUnreadable:
+    kind = Unsupported if answer.get("unsupported") is True else GuestUnreadable
+    return kind(what=_text(answer.get("what")), reason=_text(answer.get("failed")))
+
+
+def _text(value: object) -> str:
+    """What the child says of an error, fit for a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:300])
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= 255 and "/" not in name and "\0" not in name and name not in (".", "..")
+
+
+def _is_resolved(path: str) -> bool:
+    return path == "/" or (path[:1] == "/" and len(path) <= 4 * _PATH and all(map(_is_name, path[1:].split("/"))))
