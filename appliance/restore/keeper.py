@@ -1,6 +1,6 @@
 """The keeper: a small process beside each revert that outlives whoever began it.
 
-    view       runs the view as its child, pings it, kills one that hangs, starts it again: within `view_timeout`
+    view       keeps one there (kept.py): a read waits for `view_timeout` at most
     QEMU       watches its process; when it dies, holds the image lock of the half-way disks
     revert     when nobody drives it any more (the verb was killed, or returned with --background), drives it
 
@@ -38,6 +38,7 @@ from appliance.process import Child, alone, lives, process_key
 from appliance.restore import intent as intents
 from appliance.restore.fence import ImageLock
 from appliance.restore.intent import Intent, Phase
+from appliance.restore.kept import KeptView, served_bytes
 
 if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
@@ -145,11 +146,7 @@ def served(home: Home, uuid: str) -> int:
             stats = json.loads(bytes(connection.pread(connection.size(), 0)))
     except RewindError:
         return before
-    return before + _bytes(stats)
-
-
-def _bytes(stats: dict[str, Any]) -> int:
-    return sum(int(one.get("bytes", 0)) for one in stats.get("exports", {}).values())
+    return before + served_bytes(stats)
 
 
 @contextlib.contextmanager
@@ -173,26 +170,20 @@ def image_lock_released(home: Home, intent: Intent) -> Iterator[None]:
 
 
 class Keeper:
-    """One revert's keeper. `run` is its main thread; a second one pings the view, a third may drive the revert."""
+    """One revert's keeper. `run` is its main thread; another may drive the revert."""
 
     def __init__(self, home: Home, uuid: str, settings: Settings, settings_file: Path = DEFAULT_SETTINGS) -> None:
         self._home, self._uuid, self._settings = home, uuid, settings
         self._settings_file = settings_file
         self._folder = home.revert(uuid)
-        self._view: ViewServer | None = None
-        self._shows = ""
-        self._seen = 0.0  # when the view last answered
-        self._error = ""
-        self._inherited = ""  # the view of a keeper that has died
-        self._slot = 0  # names the next view's files, so that two can be there at once
-        self._served = 0
+        self._view = KeptView(uuid, self._make_view, socket_path(home, uuid), settings.view_timeout)
+        self._intent: Intent | None = None
         self._lock: ImageLock | None = None
         self._qemu: int | None = None
         self._qemu_key = ""
         self._driver: threading.Thread | None = None
         self._next_try = time.monotonic() + _TAKE_OVER
         self._written: dict[str, Any] = {}
-        self._next_start = 0.0
 
     def run(self) -> None:
         """Until the revert has ended. Returns at once if there is another keeper."""
@@ -200,12 +191,11 @@ class Keeper:
             if not first:
                 return
             before = state(self._home, self._uuid)
-            self._served = int(before.get("served", 0))
-            self._inherited, self._slot = str(before.get("view", "")), int(before.get("slot", 0))
+            self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
             self._note()
-            threading.Thread(target=self._ping, name="ping", daemon=True).start()
             while (intent := intents.load(self._home, self._uuid)) is not None and not intent.ended:
-                self._tend(intent)
+                self._intent = intent
+                self._view.tend(shows(intent))
                 self._guard(intent)
                 self._take_over()
                 self._note()
@@ -214,14 +204,13 @@ class Keeper:
                 self._driver.join()
             # First: the domain may be started from now on, and ending the view takes a moment.
             self._let_go_of_images()
-            self._stop_view()
-            _kill(self._inherited)
+            self._view.stop()
 
     def _note(self) -> None:
-        view = process_key(self._view.pid) if self._view is not None and self._view.alive() else ""
         now = {
-            "key": process_key(os.getpid()), "shows": self._shows if view else "", "view": view,
-            "holds": self._lock is not None, "served": self._served, "error": self._error, "slot": self._slot,
+            "key": process_key(os.getpid()), "shows": self._view.shows, "view": self._view.key,
+            "holds": self._lock is not None, "served": self._view.served, "error": self._view.error,
+            "slot": self._view.slot,
         }  # fmt: skip
         if now != self._written:
             temporary = self._folder / ".keeper.json"
@@ -231,40 +220,12 @@ class Keeper:
 
     # --- the view ---
 
-    def _tend(self, intent: Intent) -> None:
-        wanted = shows(intent)
-        if self._view is not None and self._shows == wanted and self._view.alive():
-            if time.monotonic() - self._seen < self._settings.view_timeout / 2:
-                return
-            _log.warning("the view of %s does not answer: another takes its place", intent.domain)
-        if time.monotonic() >= self._next_start:
-            self._start_view(intent, wanted)
-
-    def _start_view(self, intent: Intent, wanted: str) -> None:
-        """The one before is killed when the new one can be found: QEMU tries again at once, and then only after 1, 2, 4
-        seconds. Killed and not asked to end: that would answer QEMU with errors, which get to the guest."""
-        view, self._error = None, ""
-        try:
-            view = self._make_view(intent, wanted)
-            view.start()
-            view.take_place(socket_path(self._home, self._uuid))
-        except RewindError as error:
-            if view is not None:
-                view.kill()
-            self._error = str(error)
-            self._next_start = time.monotonic() + 1.0
-            _log.warning("the view of %s does not start: %s", intent.domain, error)
-            return  # the one before may be slow and not dead
-        self._stop_view(at_once=True, succeeded=True)
-        _kill(self._inherited)
-        self._inherited = ""
-        self._seen = time.monotonic()
-        self._view, self._shows, self._slot = view, wanted, 1 - self._slot
-
-    def _make_view(self, intent: Intent, wanted: str) -> ViewServer:
+    def _make_view(self, socket: Path) -> ViewServer:
         from appliance.restore.export import ViewServer
         from appliance.store import RepositorySpec
 
+        assert self._intent is not None, "views are made for the intent that was read last"
+        intent = self._intent
         spec = RepositorySpec.from_json(intent.repository)
         if spec.key_fd is not None:
             os.lseek(spec.key_fd, 0, os.SEEK_SET)  # the view before this one has read it to its end
@@ -275,37 +236,14 @@ class Keeper:
         return ViewServer(
             run,
             spec,
-            {disk.target: disk.wanted if wanted == "wanted" else disk.safety for disk in intent.disks},
+            {disk.target: disk.safety if intent.rolling_back else disk.wanted for disk in intent.disks},
             pending={target: path for target, path in pending.items() if path.exists()},
-            socket=run / f"view-{self._slot}.sock",
+            socket=socket,
             owner=intent.owner,
             cache=self._settings.view_cache,
             log=self._home.log / "view.log",
             die_with_parent=False,
         )
-
-    def _stop_view(self, at_once: bool = False, succeeded: bool = False) -> None:
-        view, self._view = self._view, None
-        if view is None:
-            return
-        if at_once or not view.alive():
-            view.kill(succeeded=succeeded)
-            stats = _last_stats(view)
-        else:
-            stats = view.stats()
-            view.stop()
-        self._served += _bytes(stats)
-
-    def _ping(self) -> None:
-        # Reading the statistics goes through the plugin's interpreter but not to the repository: a slow repository is
-        # no reason to kill a view that works on the guest's reads.
-        while True:
-            view = self._view
-            if view is not None:
-                with contextlib.suppress(RewindError, OSError, ValueError):
-                    if view.answers(self._settings.view_timeout / 2) and view.stats():
-                        self._seen = time.monotonic()
-            time.sleep(self._settings.view_timeout / 10)
 
     # --- QEMU ---
 
@@ -371,26 +309,6 @@ class Keeper:
             except Exception as error:  # noqa: BLE001 -- a keeper that ends takes the view with it
                 self._next_try = time.monotonic() + _AGAIN
                 _log.warning("cannot end the revert now: %s", error)
-
-
-def _kill(key: str) -> None:
-    """Kill the process of that key, if it is still the same one."""
-    with contextlib.suppress(OSError, ValueError):
-        pidfd = os.pidfd_open(int(key.partition(":")[0]))
-        try:
-            if lives(key):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                select.select([pidfd], [], [], 5)
-        finally:
-            os.close(pidfd)
-
-
-def _last_stats(view: ViewServer) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(view.stats_file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def main(argv: list[str]) -> int:
