@@ -52,12 +52,14 @@ _SUFFIX = re.compile(r"\.ko(\.[a-z0-9]+)?$")
 @dataclass(frozen=True, slots=True)
 class Module:
     """`path` is relative to the release's folder. `depends` are names of modules that must be inserted before; a name
-    of the kernel itself may be among them. `origin` is `client`, or the name of what the driver store has it from."""
+    of the kernel itself may be among them. `origin` is `client`, or the name of what the driver store has it from.
+    `signed`: whether a signature hangs on it; None for the client's own, whose files are not looked at."""
 
     name: str
     path: str
     depends: tuple[str, ...] = ()
     origin: str = "client"
+    signed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
