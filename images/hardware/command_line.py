@@ -17,6 +17,7 @@ from appliance.errors import BadInventory
 from images.hardware import parts as known
 from images.hardware.parts import Board, Part, UsbPart, is_q35
 from images.hardware.qemu_words import device_words, options_of, split
+from images.hardware.schema import fit_name
 from images.model import Firmware
 
 __all__ = ["board_of"]
@@ -77,7 +78,8 @@ def board_of(command: Sequence[str] | str, *, target: str = "") -> Board:
     name = target or "qemu"
     options = list(options_of(command, name))
     if not target:
-        name = next((_name(value) for option, value in options if option == "-name"), name)
+        told = next((value for option, value in options if option == "-name"), "")
+        name = fit_name(split(told, "guest").get("guest", ""), name)
     reading = _Reading(name)
     _collect(reading, options)
     _defaults(reading)
@@ -128,11 +130,6 @@ def _machine(reading: _Reading, option: str, value: str) -> None:
         reading.usb_bus = True
     elif option == "-vga":
         reading.vga = value
-
-
-def _name(value: str) -> str:
-    text = split(value, "guest").get("guest", "qemu")
-    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:63] or "qemu"
 
 
 def _size(text: str, name: str) -> int:

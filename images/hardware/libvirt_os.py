@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 
 from appliance.errors import BadInventory
 from images.hardware.parts import machine_type
-from images.hardware.schema import no_larger
+from images.hardware.schema import fit_name, no_larger
 
 __all__ = ["console_of", "is_secure", "is_uefi", "machine_of", "memory_of", "name_of", "parse"]
 
@@ -38,7 +38,7 @@ def parse(xml: str, target: str) -> ET.Element:
 
 def name_of(root: ET.Element) -> str:
     """The domain's name, made fit for one of a target."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", (root.findtext("name") or "").strip()).lstrip("._-")[:63] or "domain"
+    return fit_name((root.findtext("name") or "").strip(), "domain")
 
 
 def machine_of(root: ET.Element, target: str) -> str:

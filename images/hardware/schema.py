@@ -11,6 +11,7 @@ In YAML anchors are refused, because a few lines of them grow to gigabytes. Any 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from appliance.errors import BadInventory
 from images.model import Inventory
 
-__all__ = ["MOST_ALIAS", "MOST_DEVICES", "MOST_TEXT", "check", "dump", "load", "no_larger"]
+__all__ = ["MOST_ALIAS", "MOST_DEVICES", "MOST_TEXT", "check", "dump", "fit_name", "load", "no_larger"]
 
 # A big server has some 600 devices with an alias, and its script's output is 100 KiB.
 MOST_TEXT = 4 << 20
@@ -69,6 +70,11 @@ def dump(inventory: Inventory) -> str:
     """JSON text with a newline at its end, the same for equal inventories. Fields that have their default are left
     out."""
     return json.dumps(inventory.model_dump(mode="json", exclude_defaults=True), indent=1, ensure_ascii=False) + "\n"
+
+
+def fit_name(text: str, default: str) -> str:
+    """A name that a target may have, as near to the text as can be."""
+    return re.sub(r"[^a-z0-9_-]", "-", text.lower()).strip("_-")[:63] or default
 
 
 def no_larger(text: str, target: str, most: int = MOST_TEXT) -> None:
