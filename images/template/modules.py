@@ -19,7 +19,7 @@ _ELF = b"\x7fELF"
 
 
 def plain(path: str, data: bytes) -> bytes:
-    """A module as the kernel takes it, unpacked (.xz, .zst, .gz) by the name of its file. The signature behind it stays.
+    """A module as the kernel takes it, unpacked (.xz, .zst, .gz) by its file's name. The signature behind it stays.
 
     Raises GuestUnreadable when it is damaged, larger than LARGEST, or no module.
     """

@@ -88,8 +88,11 @@ def _extract(file: Path, folder: Path) -> None:
 @contextmanager
 def _reading(file: Path) -> Iterator[tarfile.TarFile]:
     try:
-        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
-                yield archive
+        with (
+            file.open("rb") as raw,
+            zstandard.ZstdDecompressor().stream_reader(raw) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as archive,
+        ):
+            yield archive
     except (zstandard.ZstdError, tarfile.TarError, FileExistsError, EOFError) as error:
         raise ImageError(reason=f"template file {file} is damaged: {error}") from error

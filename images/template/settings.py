@@ -25,9 +25,9 @@ _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`run`: files for /run by relative path. `extra`: programs for the initrd itself (`rw/stream`) by relative path, and
-    the `tools` of the template that they use. `wait_seconds`: how long a root may take to appear; `linger_seconds`: how
-    long a failure stays to be read, before `on_failure`."""
+    """`run`: files for /run by relative path. `extra`: programs for the initrd itself (`rw/stream`) by relative path,
+    and the `tools` of the template that they use. `wait_seconds`: how long a root may take to appear;
+    `linger_seconds`: how long a failure stays to be read, before `on_failure`."""
 
     run: Mapping[str, bytes] = field(default_factory=dict)
     extra: Mapping[str, bytes] = field(default_factory=dict)

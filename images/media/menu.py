@@ -1,0 +1,49 @@
+"""Configurations of boot loaders that start the one kernel at once. No menu: there is nothing to choose."""
+
+from __future__ import annotations
+
+import re
+
+from appliance.errors import ImageError
+from images.media.base import Parts
+
+__all__ = ["grub", "ipxe", "pxelinux"]
+
+
+def grub(parts: Parts, kernel: str, initrd: str) -> bytes:
+    """`kernel` and `initrd` are paths on the volume that GRUB has as its root."""
+    line = " ".join(_quoted(word) for word in parts.command_line.split(" ") if word)
+    lines = [*_grub_console(parts.console), f"linux {kernel} {line}", f"initrd {initrd}", "boot"]
+    return "".join(f"{one}\n" for one in lines).encode()
+
+
+def ipxe(parts: Parts, kernel: str, initrd: str) -> bytes:
+    """With `initrd=` for kernels that are started by their EFI stub, which looks for it by that name."""
+    _refuse(parts, "${", "iPXE")
+    words = f"kernel {kernel} initrd={initrd} {parts.command_line}"
+    return f"#!ipxe\n{words}\ninitrd {initrd}\nboot\n".encode()
+
+
+def pxelinux(parts: Parts, kernel: str, initrd: str) -> bytes:
+    return (
+        f"DEFAULT rewind\nPROMPT 0\nLABEL rewind\n  KERNEL {kernel}\n  INITRD {initrd}\n  APPEND {parts.command_line}\n"
+    ).encode()
+
+
+def _grub_console(console: str) -> list[str]:
+    serial = re.fullmatch(r"ttyS([0-3])", console.partition(",")[0])
+    if not serial:
+        return ["terminal_output console"]
+    return [f"serial --unit={serial[1]} --speed=115200", "terminal_output console serial"]
+
+
+def _quoted(word: str) -> str:
+    """For GRUB's own language. It has no way to a single quote inside single quotes."""
+    if re.fullmatch(r"[A-Za-z0-9_./:=,@%+-]+", word):
+        return word
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def _refuse(parts: Parts, text: str, who: str) -> None:
+    if text in parts.command_line:
+        raise ImageError(reason=f"the command line has {text!r}, which {who} would take for its own")
