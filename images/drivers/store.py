@@ -29,7 +29,7 @@ from appliance.errors import ImageError
 from images.drivers.glob import Index
 from images.drivers.modinfo import ModInfo, read
 from images.drivers.sources import DriversRefused, modules_in
-from images.drivers.tables import Module, Soft, Tables, plain_path
+from images.drivers.tables import Module, Soft, Tables, module_name, plain_path
 
 __all__ = ["DriverStore", "Drivers", "DriversRefused", "NoSuchDrivers"]
 
@@ -192,10 +192,11 @@ def _tables(document: Mapping[str, Any]) -> Tables:
         if record["vermagic"].split(" ")[0] == release and plain_path(path)
     }
     modules, soft = {}, {}
+    # A module's name is its file's, as for depmod. Of two the later counts: `updates` comes behind `kernel`.
     for path, record in usable.items():
-        name = record["name"]
+        name = module_name(path)
         modules[name] = Module(name, path, tuple(record["depends"]), origin, record["signed"])
         soft[name] = Soft(tuple(record["soft"]["before"]), tuple(record["soft"]["behind"]))
-    pairs = ((alias, record["name"]) for record in usable.values() for alias in record["aliases"])
+    pairs = ((alias, module_name(path)) for path, record in usable.items() for alias in record["aliases"])
     index = Index(pairs, f"the aliases of {origin} in the driver store")
     return Tables(release, modules, frozenset(), {k: v for k, v in soft.items() if v != Soft()}, (index,))
