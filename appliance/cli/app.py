@@ -24,7 +24,7 @@ VERBS = {
     "status": "protection",
     "points": "history", "diff": "history", "timeline": "timeline",
     "revert": "recovery", "undo": "recovery", "resume": "recovery",
-    "export": "elsewhere", "restore": "elsewhere",
+    "export": "elsewhere", "restore": "elsewhere", "image": "image",
     "check": "upkeep", "gc": "upkeep", "forget": "upkeep",
     "daemon": "service",
     "help": "manual", "completion": "manual",

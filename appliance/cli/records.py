@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 __all__ = [
     "Branch", "Bucket", "Capture", "CaptureEvent", "CheckSummary", "DaemonEvent", "Diff", "DiffExtent", "DiskBytes",
     "DoctorCheck", "DoctorSummary", "DomainStatus", "Error", "ExitCode", "Export", "Forget", "ForgetSummary", "Gap",
-    "Gc", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused", "Point", "PointsSummary", "Problem", "Progress",
-    "Protected", "Record", "Restored", "RevertPlan", "Reverted", "Span", "Status", "Timeline", "Unprotected",
-    "to_json",
+    "Gc", "ImageBuilt", "ImageDrivers", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved", "ImageTarget",
+    "ImageTemplate", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused", "Point", "PointsSummary", "Problem",
+    "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted", "Span", "Status", "Timeline",
+    "Unprotected", "to_json",
 ]  # fmt: skip
 
 
@@ -455,6 +456,99 @@ class Error(Record):
     hint: str
     exit_code: int
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTarget(Record):
+    type = "image-target"
+    name: str
+    source: str
+    firmware: str
+    secure_boot: bool
+    devices: int
+    macs: tuple[str, ...]
+    added: datetime
+    inventory: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProfile(Record):
+    type = "image-profile"
+    name: str
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTemplate(Record):
+    type = "image-template"
+    id: str
+    created: datetime
+    release: str
+    packages: Mapping[str, str]
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDrivers(Record):
+    type = "image-drivers"
+    name: str
+    release: str
+    digest: str
+    modules: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRemoved(Record):
+    type = "image-removed"
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan(Record):
+    type = "image-plan"
+    domain: str
+    point: str
+    time: datetime
+    template: str
+    reader: str
+    host: str
+    release: str
+    target: str
+    mode: str
+    buildable: bool
+    command_line: str
+    rename: Mapping[str, str]
+    counts: Mapping[str, int]
+    load: tuple[str, ...]
+    decisions: tuple[Mapping[str, str], ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """Part of other lines: one file (or folder) of an image."""
+
+    name: str
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBuilt(Record):
+    type = "image-built"
+    domain: str
+    point: str
+    time: datetime
+    target: str
+    template: str
+    folder: Path
+    files: tuple[ImageFile, ...]
+    modules: tuple[str, ...]
+    step_seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
 
 
 def to_json(record: Record) -> dict[str, Any]:

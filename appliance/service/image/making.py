@@ -1,0 +1,148 @@
+"""A point, a target and a template become a plan, and the plan an image.
+
+opened   the point's disks served by a view, read by a confined child: the guest's files and its system
+plan     which driver goes in, out, stays; nothing is written
+build    the image in a folder; nothing is written when a driver is missing
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from appliance.errors import BadInventory, ToolFailed
+from appliance.model import Point
+from appliance.service.elsewhere import export
+from appliance.service.history import resolve
+from appliance.service.image import drivers, targets, templates
+from appliance.service.session import Session
+from images import hardware
+from images.build import Built, build_image
+from images.drivers.plan import Options, make_plan
+from images.drivers.store import DriverStore
+from images.drivers.tables import tables_from_folder, tables_from_tree
+from images.guest import Guest, open_guest
+from images.model import Client, Inventory, Plan
+from images.template.build import Template
+
+__all__ = ["Made", "Planned", "build", "opened", "plan"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """`time` is the instant of the point."""
+
+    plan: Plan
+    domain: str
+    point: str
+    time: datetime
+    template: str
+    reader: str
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An image, and the plan that it was built by."""
+
+    planned: Planned
+    built: Built
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What planning has found and building needs."""
+
+    planned: Planned
+    guest: Guest
+    template: Template
+    store: DriverStore
+
+
+@contextmanager
+def opened(session: Session, domain: str, when: str, keys: Sequence[bytes] = ()) -> Iterator[tuple[Point, Guest]]:
+    """The system in a point, read-only. `keys` are passphrases for LUKS. Raises GuestUnreadable, and as `export`."""
+    point = resolve(session, domain, when)
+    folder = Path(tempfile.mkdtemp(prefix="guest-", dir=session.home.path / "run"))
+    try:
+        with export(session, domain, point.id) as served:
+            disks = {one.disk: one.uri for one in served.disks}
+            with open_guest(disks, folder, keys=keys) as guest:
+                yield point, guest
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def plan(
+    session: Session, domain: str, when: str, target: str, template: str = "", keys: Sequence[bytes] = (),
+    options: Options | None = None,
+) -> Planned:  # fmt: skip
+    """Raises NoSuchTarget, NoSuchTemplate, GuestUnreadable, and as `export`. A missing driver is told in the plan."""
+    with _prepared(session, domain, when, target, template, keys, options) as ready:
+        return ready.planned
+
+
+def build(
+    session: Session, domain: str, when: str, target: str, media: Sequence[str], folder: Path, template: str = "",
+    keys: Sequence[bytes] = (), options: Options | None = None,
+) -> Made:  # fmt: skip
+    """Build these media into `folder`, which must not exist. Raises as `plan` and `images.build.build_image`; nothing
+    is left then."""
+    with _prepared(session, domain, when, target, template, keys, options) as ready:
+        built = build_image(
+            ready.planned.plan, ready.guest.tree, ready.template, media=media, folder=folder,
+            driver_store=drivers.reader(ready.store, ready.planned.plan.client.release),
+        )  # fmt: skip
+        return Made(ready.planned, built)
+
+
+@contextmanager
+def _prepared(
+    session: Session, domain: str, when: str, target: str, template: str, keys: Sequence[bytes],
+    options: Options | None,
+) -> Iterator[_Ready]:  # fmt: skip
+    inventory = targets.find(session, target).inventory
+    chosen = templates.opened(session, template)
+    with opened(session, domain, when, keys) as (point, guest):
+        client, unknown = _with_origin(guest.client, point)
+        store = drivers.store_for(session, client.release)
+        options = replace(options or Options(), identifiers=_identifiers(guest))
+        made = _plan(client, guest, inventory, chosen, store, options)
+        made = replace(made, warnings=(*made.warnings, *unknown))
+        yield _Ready(Planned(made, point.domain, point.id, point.time, chosen.id, guest.reader), guest, chosen, store)
+
+
+def _plan(
+    client: Client, guest: Guest, inventory: Inventory, template: Template, store: DriverStore, options: Options
+) -> Plan:
+    return make_plan(
+        client, tables_from_tree(guest.tree, client.modules), inventory, tables_from_folder(template.modules),
+        store.tables(client.release), options=options,
+    )  # fmt: skip
+
+
+def _with_origin(client: Client, point: Point) -> tuple[Client, list[str]]:
+    """The client with the hardware that it came from, which only says what is left out; and what is to be told when
+    that is not known."""
+    try:
+        old = hardware.from_xml(point.xml, target="origin")
+    except (BadInventory, ToolFailed) as error:
+        log.info("the hardware of %s is not known: %s", point.domain, error)
+        return client, [f"what hardware {point.domain!r} had is not known, so drivers for it are not told"]
+    return replace(client, origin=tuple(device.modalias for device in old.devices)), []
+
+
+def _identifiers(guest: Guest) -> frozenset[str]:
+    """How fstab and command lines may call what is on the restored disks."""
+    found: set[str] = set()
+    for one in guest.volumes:
+        names = {"UUID": one.uuid, "LABEL": one.label, "PARTUUID": one.partuuid, "PARTLABEL": one.partlabel}
+        found |= {f"{kind}={value}" for kind, value in names.items() if value}
+    return frozenset(found)
