@@ -56,10 +56,11 @@ class Proof:
 
 def arguments(target: Target, disk: Path, medium: Medium | None, folder: Path, extra: Iterable[str] = ()) -> list[str]:
     """The whole command line of QEMU. `folder` gets console.log, proof.log and the variables of a UEFI."""
+    # The medium comes last: a stick has a SCSI bus inside, which would take the name of the disk's.
     # fmt: off
     return [
         "qemu-system-x86_64", "-name", target.name, *target.hardware(folder), "-m", str(MEMORY_MIB), "-smp", "2",
-        "-no-reboot", *target.boot_args(medium), *target.disk_args(disk), *target.nic_args(medium),
+        "-no-reboot", *target.disk_args(disk), *target.nic_args(medium), *target.boot_args(medium),
         "-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'proof.log'}", *extra,
     ]
     # fmt: on

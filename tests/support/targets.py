@@ -39,7 +39,8 @@ class Medium:
 @dataclass(frozen=True, slots=True)
 class Target:
     """One machine. `controllers` come before `disk`, which attaches the drive `disk`; `nic` attaches the netdev `net`;
-    `cd` is where a CD drive goes. `modules` are the drivers that the client needs here for disk and network."""
+    `modules` are the drivers of Linux that disk and network need here, without what these need and without what is
+    above the controller."""
 
     name: str
     firmware: _Firmware
@@ -114,11 +115,11 @@ def _targets() -> list[Target]:
         ("ahci-e1000e-bios", "bios", "q35", "ide-hd,bus=ide.0", "e1000e", (), ("ahci", "e1000e")),
         ("ahci-e1000e-uefi", "uefi", "q35", "ide-hd,bus=ide.0", "e1000e", (), ("ahci", "e1000e")),
         ("nvme-vmxnet3-uefi", "uefi", "q35", "nvme,serial=rewind", "vmxnet3", (), ("nvme", "vmxnet3")),
-        ("nvme-rtl8139-bios", "bios", "q35", "nvme,serial=rewind", "rtl8139", (), ("nvme", "8139cp")),
+        ("nvme-rtl8139-bios", "bios", "q35", "nvme,serial=rewind", "rtl8139", (), ("nvme", "8139cp", "8139too")),
         ("lsi-e1000-bios", "bios", "pc", "scsi-hd,bus=scsi.0", "e1000", ("lsi53c895a,id=scsi",),
          ("sym53c8xx", "e1000")),
         ("megasas-rtl8139-bios", "bios", "pc", "scsi-hd,bus=scsi.0", "rtl8139", ("megasas,id=scsi",),
-         ("megaraid_sas", "8139cp")),
+         ("megaraid_sas", "8139cp", "8139too")),
         ("mptsas-e1000-bios", "bios", "pc", "scsi-hd,bus=scsi.0", "e1000", ("mptsas1068,id=scsi",),
          ("mptsas", "e1000")),
         ("pvscsi-vmxnet3-uefi", "uefi", "q35", "scsi-hd,bus=scsi.0", "vmxnet3", ("pvscsi,id=scsi",),
@@ -128,10 +129,11 @@ def _targets() -> list[Target]:
         ("virtio-virtio-uefi", "uefi", "q35", "virtio-blk-pci", "virtio-net-pci", (), ("virtio_blk", "virtio_net")),
         ("nvme-e1000e-uefi-ports", "uefi", "q35", "nvme,serial=rewind,bus=port1", "e1000e,bus=port2",
          (_port(1), _port(2)), ("nvme", "e1000e")),
-        ("usb-e1000e-uefi", "uefi", "q35", "usb-storage,bus=xhci.0", "e1000e", (_XHCI,), ("usb_storage", "e1000e")),
+        ("usb-e1000e-uefi", "uefi", "q35", "usb-storage,bus=xhci.0", "e1000e", (_XHCI,),
+         ("xhci_pci", "usb_storage", "e1000e")),
         ("usb-virtio-bios", "bios", "q35", "usb-storage,bus=xhci.0", "virtio-net-pci", (_XHCI,),
-         ("usb_storage", "virtio_net")),
-        ("ide-rtl8139-bios", "bios", "pc", "ide-hd,bus=ide.0", "rtl8139", (), ("ata_piix", "8139cp")),
+         ("xhci_pci", "usb_storage", "virtio_net")),
+        ("ide-rtl8139-bios", "bios", "pc", "ide-hd,bus=ide.0", "rtl8139", (), ("ata_piix", "8139cp", "8139too")),
         ("ahci-virtio-uefi", "uefi", "q35", "ide-hd,bus=ide.0", "virtio-net-pci", (), ("ahci", "virtio_net")),
         ("megasas-vmxnet3-uefi", "uefi", "pc", "scsi-hd,bus=scsi.0", "vmxnet3", ("megasas-gen2,id=scsi",),
          ("megaraid_sas", "vmxnet3")),
