@@ -134,11 +134,13 @@ class Superblock:
         """Where on the disk the descriptor of a group is."""
         per_block = self.block_size // self.descriptor_size
         block, within = divmod(group, per_block)
+        # With blocks of 1 KiB the superblock is in block 1, also where clusters make group 0 begin at block 0.
+        at = max(self.first_block, self.block_size == 1024)
         if not self.incompat & Incompat.META_BG or block < self.first_meta_group:
-            at = self.first_block + 1 + block
+            at += 1 + block
         else:
             leader = block * per_block
-            at = self.first_block + leader * self.blocks_per_group + self._has_copy(leader)
+            at = (leader * self.blocks_per_group + self.first_block if leader else at) + self._has_copy(leader)
         return at * self.block_size + within * self.descriptor_size
 
     def _has_copy(self, group: int) -> bool:
