@@ -8,9 +8,9 @@ must have a driver but may wait for the root disk (`LATER`) unless the root come
 needs; then every other device (`LATER`). Then dependencies. What the template has by default or the old hardware
 needed, and nobody asked for, is `OUT`.
 
-Two traps. Drivers that are built into a kernel have no aliases in its tables: the template's kernel names the driver
-then, and the client's list of built-in ones says whether it is there. And a module from the driver store is not on the
-client's root disk: it never is `LATER`.
+Two traps. Drivers that are built into a kernel have no aliases in its tables: the template's kernel or a list of our
+own (`known`) names the driver then, and the client's list of built-in ones says whether it is there. And a module from
+the driver store is not on the client's root disk: it never is `LATER`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from appliance.errors import DriversMissing
 from images.drivers.advice import advice
 from images.drivers.closure import close
 from images.drivers.glob import Budget
+from images.drivers.known import known_names
 from images.drivers.needs import Need, mode_of, needs_of
 from images.drivers.settle import command_line, rename
 from images.drivers.tables import Module, Tables, merge
@@ -160,7 +161,7 @@ class _Planner:
         """Modules and built-in drivers for an alias; a fallback alone is none where the template knows a real one."""
         if alias not in self._drivers:
             found = dict.fromkeys(self.tables.match(alias, self.budget))
-            known = self.template.named(alias, self.budget)
+            known = (*self.template.named(alias, self.budget), *known_names(alias, self.budget))
             found.update(dict.fromkeys(name for name in known if name in self.tables.builtin))
             if found.keys() <= _FALLBACKS and set(known) - _FALLBACKS:
                 found = {}

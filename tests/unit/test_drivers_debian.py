@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -34,6 +35,7 @@ _KEPT = ("megaraid_sas.ko*", "8139too.ko*", "mii.ko*", "ext4.ko*")
 MEGASAS = "pci:v00001000d00000060sv00001000sd00001001bc01sc04i00"
 NVME = "pci:v00001B36d00000010sv00001AF4sd00001100bc01sc08i02"
 AHCI = "pci:v00008086d00002922sv00001AF4sd00001100bc01sc06i01"
+LSI = "pci:v00001000d00000012sv00000000sd00001000bc01sc00i00"
 IDE = "pci:v00008086d00007010sv00001AF4sd00001100bc01sc01i80"
 VIRTIO_DISK = "pci:v00001AF4d00001042sv00001AF4sd00001100bc01sc00i00"
 VIRTIO_SCSI = "pci:v00001AF4d00001048sv00001AF4sd00001100bc01sc00i00"
@@ -143,8 +145,9 @@ def test_the_controller_and_what_is_above_it_go_in(generic, cloud, disk, inside)
     made = by_module(plan)
     assert not plan.missing
     for name in (*inside, "ext4", "jbd2", "crc32c_generic"):
-        assert made[name].verdict is working(generic, name), name
-        if made[name].verdict is Verdict.IN:
+        # What is built in is told only if a device or the root asks for it itself.
+        if name in generic.modules:
+            assert made[name].verdict is Verdict.IN, name
             assert made[name].path == generic.modules[name].path and made[name].origin == "client"
     assert len(plan.load) < 50
 
@@ -240,14 +243,14 @@ def test_layers_below_the_root_bring_their_modules(generic, cloud, layer, names)
 
 def test_any_controller_may_carry_the_disk_when_nobody_says_which(generic, cloud):
     """A physical machine's script tells devices, and not where the disk will hang."""
-    devices = (Device(modalias=AHCI, slot="a"), Device(modalias=MEGASAS, slot="b"))
+    devices = (Device(modalias=LSI, slot="a"), Device(modalias=MEGASAS, slot="b"))
     target = target_of(NVME, devices=devices)
-    assert {"ahci", "megaraid_sas"} <= {one.module for one in make_plan(
+    assert {"sym53c8xx", "megaraid_sas"} <= {one.module for one in make_plan(
         client_of(generic), generic, target, cloud).decisions if one.verdict is Verdict.IN}  # fmt: skip
     plan = make_plan(client_of(generic), without(generic, "megaraid_sas"), target, generic)
     assert not plan.missing and any("no driver for b" in one for one in plan.warnings)
     plan = make_plan(client_of(cloud), cloud, target, generic)
-    assert {one.module for one in plan.missing} == {AHCI, MEGASAS}
+    assert {one.module for one in plan.missing} == {LSI, MEGASAS}
 
 
 def test_a_summary_counts_and_a_table_lists(generic, cloud):
@@ -267,14 +270,14 @@ def test_a_summary_counts_and_a_table_lists(generic, cloud):
 
 def test_a_kernel_without_the_needed_drivers_is_refused_with_the_list(generic, cloud):
     """P6-22, I3: by role; the on-board controller that carries nothing is only told."""
-    plan = make_plan(client_of(cloud), cloud, target_of(MEGASAS, RTL8139, AHCI), generic)
+    plan = make_plan(client_of(cloud), cloud, target_of(MEGASAS, RTL8139, LSI), generic)
     assert {(one.module, one.role) for one in plan.missing} == {(MEGASAS, Role.DISK), (RTL8139, Role.NIC)}
     assert not document(plan)["buildable"]
     with pytest.raises(DriversMissing) as caught:
         refuse_if_missing(plan)
     assert MEGASAS in str(caught.value) and RTL8139 in str(caught.value) and "'web1'" in str(caught.value)
-    assert AHCI not in str(caught.value)
-    assert any(AHCI in word and "no restored disk hangs on it" in word for word in plan.warnings)
+    assert LSI not in str(caught.value)
+    assert any(LSI in word and "no restored disk hangs on it" in word for word in plan.warnings)
 
 
 def test_what_is_above_a_controller_may_be_missing_too(generic, cloud):
@@ -300,13 +303,14 @@ def test_modules_of_another_release_never_fill_the_gap(kernels, generic, cloud, 
     """I3: the generic kernel's module is for another release by its vermagic."""
     store = DriverStore(tmp_path / "store")
     module = next(kernels["generic"].glob("**/megaraid_sas.ko*"))
-    with pytest.raises(DriversRefused, match=f"is for kernel {generic.release} by its vermagic, and was asked for"):
+    words = f"is for kernel {generic.release} by its vermagic, and was asked for {cloud.release}"
+    with pytest.raises(DriversRefused, match=re.escape(words)):
         store.add(module, release=cloud.release)
     # A folder that says it is of the other kernel does not help.
     lying = tmp_path / "lib" / "modules" / cloud.release / "kernel" / module.name
     lying.parent.mkdir(parents=True)
     shutil.copy(module, lying)
-    with pytest.raises(DriversRefused, match=f"lies in the folder of {cloud.release}"):
+    with pytest.raises(DriversRefused, match=f"lies in the folder of {re.escape(cloud.release)}"):
         store.add(tmp_path / "lib")
     assert store.list() == () and list((tmp_path / "store").iterdir()) == []
     # As what it is it may be kept, and is not used.

@@ -88,6 +88,19 @@ def test_a_console_without_a_driver_is_told_and_refuses_nothing():
     assert serial.verdict is Verdict.BUILT_IN
 
 
+def test_a_driver_that_both_kernels_have_built_in_is_recognised():
+    """Debian 13 has virtio_pci built in everywhere: no kernel's aliases name it, the list of known drivers does."""
+    tables = parse(RELEASE, {
+        "modules.dep": b"k/virtio_blk.ko:\nk/ext4.ko:\n", "modules.alias": b"alias virtio:d00000002v* virtio_blk\n",
+        "modules.builtin": b"k/virtio_pci.ko\n",
+    })  # fmt: skip
+    one = make_plan(CLIENT, tables, target(VIRTIO_DISK), tables)
+    made = {decision.module: decision.verdict for decision in one.decisions}
+    assert made["virtio_pci"] is Verdict.BUILT_IN and made["virtio_blk"] is Verdict.IN and not one.missing
+    # A name alone is no driver: here nobody has NVMe.
+    assert make_plan(CLIENT, tables, target(NVME), tables).missing[0].module == NVME
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
