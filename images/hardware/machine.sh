@@ -83,22 +83,15 @@ console() {
     printf '%s' "$found"
 }
 
-# Each device with an alias. All CPUs have the same one, which is long: it is told once.
+# Each device with an alias. All CPUs have one together: drivers for ciphers are chosen by it.
 devices() {
     comma=
-    cpu=
-    for file in "$root"/sys/bus/*/devices/*/modalias; do
+    for file in "$root"/sys/bus/*/devices/*/modalias "$root/sys/devices/system/cpu/modalias"; do
         alias=
         [ ! -r "$file" ] || IFS= read -r alias <"$file" 2>/dev/null || :
         case $alias in
             *:*) ;;
             *) continue ;;
-        esac
-        case $alias in
-            cpu:*)
-                [ -z "$cpu" ] || continue
-                cpu=told
-                ;;
         esac
         folder=${file%/modalias}
         driver=

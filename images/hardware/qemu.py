@@ -13,7 +13,9 @@ Emulation (`tcg`) always: no processor is used, and /dev/kvm need not be there. 
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import BadInventory, ConnectError, ToolFailed
+from appliance.errors import BadInventory, ToolFailed
 from appliance.hypervisor.base import Monitor
 from appliance.hypervisor.qmp import Connection
 from appliance.process import Child
@@ -116,25 +118,42 @@ def _words(properties: Mapping[str, str]) -> Iterator[str]:
 def _ask(name: str, argv: Sequence[str]) -> tuple[Function, ...]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rw-"))
-        socket = Path(folder, "qmp")
-        child = stack.enter_context(Child([*argv, "-qmp", f"unix:{socket},server=on,wait=off"], name="qemu-probe"))
-        monitor = _connect(child, socket, name)
+        path = Path(folder, "qmp")
+        child = stack.enter_context(Child([*argv, "-qmp", f"unix:{path},server=on,wait=off"], name="qemu-probe"))
+        monitor = _connect(child, path, name)
         stack.callback(monitor.close)
         space = _Space(monitor)
         return tuple(sorted(_functions(space, _number_buses(space)), key=lambda one: one.slot))
 
 
-def _connect(child: Child, socket: Path, name: str) -> Connection:
+def _connect(child: Child, path: Path, name: str) -> Connection:
+    """The socket and the greeting are there before QEMU has looked at the devices: only an answer tells that it took
+    them all."""
     limit = time.monotonic() + _START
-    while True:
+    while not _answers(path, limit - time.monotonic()):
         if not child.alive():
             raise _Refused(_last_words(child))
+        if time.monotonic() > limit:
+            raise ToolFailed(tool="qemu-probe", reason=f"its monitor did not answer in {_START:g} s")
+        time.sleep(0.02)
+    return Connection(path, name)
+
+
+def _answers(path: Path, patience: float) -> bool:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(max(patience, 0.1))
         try:
-            return Connection(socket, name)
-        except ConnectError:
-            if time.monotonic() > limit:
-                raise ToolFailed(tool="qemu-probe", reason=f"its monitor did not answer in {_START:g} s") from None
-            time.sleep(0.02)
+            one.connect(os.fspath(path))
+            one.sendall(b'{"execute": "qmp_capabilities"}')
+            heard = b""
+            while b'"return"' not in heard:
+                more = one.recv(4096)
+                if not more:
+                    return False
+                heard += more
+        except OSError:
+            return False
+        return True
 
 
 def _last_words(child: Child) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from appliance.errors import BadInventory
 from images.hardware.expand import Pci, pci_alias, pci_aliases, role_of
-from images.hardware.schema import MOST_DEVICES, check, fit_name, no_larger
+from images.hardware.schema import check, fit_name, no_larger
 from images.model import Firmware, Inventory, Role
 
 __all__ = ["from_redfish"]
@@ -95,7 +95,7 @@ class _Document:
     def _unique(self) -> Iterator[tuple[tuple[str, Mapping[str, Any]], str]]:
         """Each function once, with what it is called: a document may hold it by several ways."""
         seen: set[str] = set()
-        for place, one in self.functions[:MOST_DEVICES]:
+        for place, one in self.functions:
             name = str(one.get("@odata.id", "")) or place
             if name not in seen:
                 seen.add(name)
@@ -166,7 +166,8 @@ class _Document:
         )
 
     def _tpm(self) -> bool:
-        modules = [one for system in self.systems for one in system.get("TrustedModules") or ()]
+        lists = [one.get("TrustedModules") for one in self.systems]
+        modules = [one for several in lists if isinstance(several, list) for one in several]
         return any(isinstance(one, Mapping) and _at(one, "Status", "State") in ("Enabled", None) for one in modules)
 
     def _memory(self) -> int:
