@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from images.drivers.needs import sealed_keys
-from images.drivers.settle import consoles, disk_names, identifier_of, unstable_name
+from images.drivers.settle import consoles, disk_names, found_on_disks, unstable_name
 from images.drivers.tables import Module
 from images.model import Client, Firmware, Inventory, Layer, Mount
 
@@ -26,6 +26,7 @@ def advice(
     return (
         *_secure_boot(client, inventory, load),
         *_keys(client, inventory),
+        *_disks(client, inventory),
         *(word for mount in client.fstab for word in _mount(mount, inventory, identifiers)),
         *_consoles(client, inventory),
         *_firmware(client, inventory),
@@ -59,6 +60,14 @@ def _keys(client: Client, inventory: Inventory) -> Iterator[str]:
         yield "the root is encrypted: its passphrase is asked for on the console of the target"
 
 
+def _disks(client: Client, inventory: Inventory) -> Iterator[str]:
+    """Names are no help here: the target's own may differ from those in the point."""
+    carried = {name for device in inventory.devices for name in device.carries}
+    if carried and len(carried) < len(client.root.disks):
+        disks = " and ".join(client.root.disks)
+        yield f"the root lies on {disks}, and the target has a place for {' and '.join(sorted(carried))} only"
+
+
 def _mount(mount: Mount, inventory: Inventory, identifiers: Collection[str] | None) -> Iterator[str]:
     what = "uses swap on" if mount.fs == "swap" else f"mounts {mount.where} from"
     then = _then(mount)
@@ -69,7 +78,7 @@ def _mount(mount: Mount, inventory: Inventory, identifiers: Collection[str] | No
         yield f"fstab {what} {mount.spec}, and {now}: {then}"
     elif family and carried and disk not in carried and any(one.startswith(family) for one in carried):
         yield f"fstab {what} {mount.spec}, which is not among the restored disks: {then}"
-    elif identifiers is not None and identifier_of(mount.spec) not in {"", *identifiers}:
+    elif not found_on_disks(mount.spec, identifiers):
         yield f"fstab {what} {mount.spec}, which is on none of the restored disks: {then}"
 
 

@@ -15,7 +15,9 @@ from collections.abc import Collection
 from images.hardware.expand import disk_bus_of
 from images.model import Client, Inventory, Layer
 
-__all__ = ["command_line", "consoles", "disk_names", "identifier_of", "rename", "unstable_name", "words_of"]
+__all__ = [
+    "command_line", "consoles", "disk_names", "found_on_disks", "identifier_of", "rename", "unstable_name", "words_of",
+]  # fmt: skip
 
 _FAMILY = re.compile(r"/dev/((?:sd|vd|hd|xvd)[a-z]+|(?:nvme\d+n|mmcblk|nbd|md|loop)\d+)(?:p?\d+)?")
 _KINDS = re.compile(r"(sd|vd|hd|xvd|nvme|mmcblk)")
@@ -37,6 +39,13 @@ def identifier_of(spec: str) -> str:
     """`UUID=…`, `LABEL=…` and so on without quotes, also of a path in /dev/disk; empty for other names."""
     found = _IDENTIFIER.fullmatch(spec.replace('"', ""))
     return f"{(found[1] or found[2]).upper()}={found[3]}" if found else ""
+
+
+def found_on_disks(spec: str, identifiers: Collection[str] | None) -> bool:
+    """Whether what the name means is on a restored disk, or may be: nobody has looked, or it is no such name. Letters
+    of UUIDs are the same in both cases, as for mount(8)."""
+    wanted = identifier_of(spec).lower()
+    return identifiers is None or not wanted or wanted in {one.lower() for one in identifiers}
 
 
 def disk_names(inventory: Inventory) -> frozenset[str]:
@@ -94,7 +103,7 @@ def _is_there(spec: str, inventory: Inventory, identifiers: Collection[str] | No
     family = unstable_name(spec)[0]
     if family:
         return family in disk_names(inventory)
-    return identifiers is None or identifier_of(spec) in {"", *identifiers}
+    return found_on_disks(spec, identifiers)
 
 
 def _with_console(words: list[str], console: str) -> list[str]:
@@ -124,10 +133,11 @@ def rename(client: Client, inventory: Inventory) -> tuple[dict[str, str], list[s
     for nic in cards:
         if nic.mac in given or not free:
             continue
+        name = free.pop(0)
         if not nic.mac:
-            notes.append(f"{nic.slot or nic.modalias} has no known MAC address: it cannot be given the name {free[0]}")
+            notes.append(f"{nic.slot or nic.modalias} has no known MAC address: it cannot be given the name {name}")
             continue
-        name = given[nic.mac] = free.pop(0)
+        given[nic.mac] = name
         if client.nics[name]:
             notes.append(f"the client knows {name} by {client.nics[name]}; the card that gets this name has {nic.mac}")
     if free and cards:

@@ -218,20 +218,11 @@ class _Files:
     def what(self, name: str) -> str:
         return f"{name} of kernel {self._release}"
 
-    def content(self, name: str) -> str:
+    def lines(self, name: str, end: str = "\n") -> Iterator[str]:
         data = self._files.get(name, b"")
         if len(data) > FILES[name]:
             raise GuestUnreadable(what=self.what(name), reason=f"it has more than {FILES[name]} bytes")
-        return data.decode("utf-8", "replace")
-
-    def lines(self, name: str) -> Iterator[str]:
-        return self._limited(name, "\n")
-
-    def records(self, name: str) -> Iterator[str]:
-        return self._limited(name, "\0")
-
-    def _limited(self, name: str, end: str) -> Iterator[str]:
-        found = self.content(name).split(end)
+        found = data.decode("utf-8", "replace").split(end)
         if len(found) > _LINES:
             raise GuestUnreadable(what=self.what(name), reason=f"it has more than {_LINES} lines")
         for number, line in enumerate(found, 1):
@@ -267,7 +258,7 @@ def _aliases(reader: _Files) -> Iterator[tuple[str, str]]:
 
 
 def _builtin_aliases(reader: _Files) -> Iterator[tuple[str, str]]:
-    for record in reader.records("modules.builtin.modinfo"):
+    for record in reader.lines("modules.builtin.modinfo", "\0"):
         key, _, value = record.partition("=")
         name, _, word = key.rpartition(".")
         if word == "alias":

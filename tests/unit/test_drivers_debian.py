@@ -207,6 +207,14 @@ def test_drivers_of_other_devices_are_left_to_the_system(generic, cloud):
     assert not {"e1000e", "ahci"} & {path.rpartition("/")[2].split(".")[0] for path in plan.load}
 
 
+def test_what_the_client_runs_guests_with_is_left_to_it(generic, cloud):
+    """P6-03: a hypervisor's modules are no drivers of the image; the system loads them, and nothing forbids it."""
+    cpu = "cpu:type:x86,ven0000fam0006mod003C:feature:,0000,0019,0085,00C0"
+    plan = make_plan(client_of(generic), generic, target_of(NVME, "", cpu), cloud)
+    assert by_module(plan)["kvm_intel"].verdict is Verdict.LATER
+    assert "blacklist" not in plan.command_line
+
+
 def test_a_card_goes_in_when_the_root_comes_over_the_network(generic, cloud):
     plan = make_plan(client_of(generic), generic, target_of(NVME, VIRTIO_NIC), cloud, options=Options(stream=True))
     made = by_module(plan)

@@ -152,6 +152,8 @@ def test_what_cannot_be_named_is_told():
     assert warned(one, "knows ens3 by 52:54:00:00:00:99; the card that gets this name has 52:54:00:00:00:01")
     assert warned(one, "expects ens4, for which the target has no card")
     assert warned(plan(target(macs=("",)), nics={"ens3": ""}), "cannot be given the name ens3")
+    assert not warned(plan(target(macs=("",)), nics={"ens3": ""}), "for which the target has no card")
+    assert warned(plan(nics={"ens3": ""}), "no network card that is wanted; the client expects ens3")
 
 
 # --- mode -----------------------------------------------------------------------------------------------------------
@@ -214,16 +216,22 @@ def test_keys_sealed_to_the_old_machine_are_told():
         (Mount("UUID=11-22", "/", "ext4", ()), NVME, ""),
         (Mount("UUID=99", "/data", "ext4", ()), NVME, "which is on none of the restored disks"),
         (Mount('LABEL="x"', "/data", "ext4", ("nofail",)), NVME, "the system starts without it"),
-        (Mount("/dev/disk/by-uuid/11-22", "/data", "ext4", ()), NVME, ""),
+        (Mount("/dev/disk/by-uuid/AB-22", "/data", "ext4", ()), NVME, ""),
+        (Mount("/dev/disk/by-uuid/99", "/data", "ext4", ()), NVME, "which is on none of the restored disks"),
         (Mount("tmpfs", "/tmp", "tmpfs", ()), NVME, ""),
         (Mount("//server/share=1", "/mnt", "cifs", ()), NVME, ""),
         (Mount("/dev/mapper/vg-x", "/x", "ext4", ()), NVME, ""),
     ],
 )
 def test_fstab_lines_that_will_not_work_are_told(mount, disk, words):
-    one = plan(target(disk), Options(identifiers={"UUID=11-22"}), fstab=(mount,))
+    one = plan(target(disk), Options(identifiers={"UUID=11-22", "UUID=ab-22"}), fstab=(mount,))
     found = [warning for warning in one.warnings if warning.startswith("fstab")]
     assert len(found) == bool(words) and all(words in warning for warning in found)
+
+
+def test_disks_that_the_target_has_no_place_for_are_told():
+    one = plan(root=replace(ROOT, disks=("vda", "vdb"), layers=(Layer.LVM,)))
+    assert warned(one, "the root lies on vda and vdb, and the target has a place for vda only")
 
 
 def test_consoles_and_firmware_that_the_target_does_not_have():
