@@ -1,0 +1,160 @@
+"""A home with a client's two instants as points, a template, and `rewind image` as a person types it.
+
+    with Imagery(folder, clients.build("mbr")) as imagery:
+        built = imagery.build(TARGETS["nvme-vmxnet3-uefi"], "first", "esp")
+        disk = imagery.disk("first", path)      an overlay whose backing file is the point, served by a view
+
+The client is a domain of libvirt that is shut off: its points are taken as any other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from appliance.config import Home
+from appliance.service import Session
+from appliance.service.elsewhere import export
+from tests.guests import packages
+from tests.guests.clients import ORIGINS, ClientFiles
+from tests.support import libvirt
+from tests.support.targets import Target
+
+__all__ = ["Imagery", "template_file"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_DISK = {
+    "mbr": '<target dev="vda" bus="virtio"/>',
+    "dracut": '<target dev="sda" bus="scsi"/>',
+}
+_CONTROLLERS = {"mbr": "", "dracut": '<controller type="scsi" index="0" model="virtio-scsi"/>'}
+
+
+def template_file() -> Path:
+    """A template as one file, made once and kept in the cache."""
+    from images.template import build, pack
+
+    sources = sorted(path for path in Path(build.__file__).parent.iterdir() if path.is_file())
+
+    def make(folder: Path) -> None:
+        pack.pack(build.build_template(folder / "made"), folder / "template")
+        subprocess.run(["rm", "-rf", folder / "made"], check=True)
+
+    return packages.cached(f"template-{packages.sources_digest(sources)}", make) / "template"
+
+
+class Imagery:
+    """`images` is a folder that libvirt's QEMU may read. Everything it starts ends with the context."""
+
+    def __init__(self, images: Path, client: ClientFiles) -> None:
+        self.client, self.images = client, images
+        self.name = f"client-{client.name}"
+        self.home = Path(tempfile.mkdtemp(prefix="rwi"))
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Imagery:
+        uri = libvirt.start()
+        self._base = [sys.executable, "-m", "appliance.cli", "--home", str(self.home), "--connect", uri, "--json"]
+        self._uri = uri
+        self.points = {}
+        with contextlib.ExitStack() as stack:
+            disk = self.images / f"{self.name}.qcow2"
+            self._define(disk)
+            stack.callback(libvirt.virsh, "undefine", self.name)
+            self.rewind("init", "--repository", self.home / "repo")
+            self._take(disk, "first")
+            self.rewind("protect", self.name)
+            for instant in ("first", "second"):
+                self._take(disk, instant)
+                (point,) = [one for one in self.rewind("point", self.name) if one["type"] == "point"]
+                self.points[instant] = point["id"]
+            self._keep_template()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        subprocess.run(["rm", "-rf", self.home], check=True)
+
+    def _define(self, disk: Path) -> None:
+        origin = ORIGINS[self.client.name]
+        model = "e1000" if "e1000" in origin.nic else "virtio"
+        machine = {"pc": "pc", "q35": "q35"}[origin.machine]
+        libvirt.virsh("define", self._xml(disk, machine, model, origin.mac))
+
+    def _xml(self, disk: Path, machine: str, model: str, mac: str) -> Path:
+        text = f"""<domain type="qemu"><name>{self.name}</name><memory unit="MiB">768</memory>
+        <os><type arch="x86_64" machine="{machine}">hvm</type></os><devices>
+        {_CONTROLLERS[self.client.name]}
+        <disk type="file" device="disk"><driver name="qemu" type="qcow2"/><source file="{disk}"/>
+        {_DISK[self.client.name]}</disk>
+        <interface type="user"><mac address="{mac}"/><model type="{model}"/></interface>
+        <serial type="pty"/></devices></domain>"""
+        path = self.home / "client.xml"
+        path.write_text(text)
+        return path
+
+    def _take(self, disk: Path, instant: str) -> None:
+        """Put the disk into that state, as whole new image: what a restore from elsewhere looks like."""
+        disk.unlink(missing_ok=True)
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.client.disk(instant), disk], check=True)
+        os.chmod(disk, 0o666)
+
+    def _keep_template(self) -> None:
+        from appliance.service.image.shelf import Shelf
+        from images.template import pack
+
+        with self.session() as session:
+            folder = session.home.cache / "templates"
+            folder.mkdir()
+            found = pack.unpack(template_file(), folder / "new")
+            (folder / "new").rename(folder / found.id)
+            Shelf(session, "templates").put(found.id, found.manifest.model_dump(mode="json"), template_file())
+
+    def rewind(self, *words: object, code: int = 0, timeout: float = 300) -> list[dict[str, Any]]:
+        """The lines of one call of the program."""
+        done = subprocess.run(
+            [*self._base, *map(str, words)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout,
+        )  # fmt: skip
+        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def session(self) -> Session:
+        return Session(Home(self.home), self._uri)
+
+    def add_target(self, target: Target) -> None:
+        """As QEMU's command line, with the disk where the restored one will be."""
+        with tempfile.NamedTemporaryFile("w", suffix=".cmd") as file, tempfile.TemporaryDirectory() as scratch:
+            words = ["qemu-system-x86_64", *target.hardware(Path(scratch)), "-m", "768"]
+            words += [*target.disk_args(Path("/dev/null")), *target.nic_args(), "-serial", "null"]
+            file.write(shlex.join(str(word) for word in words))
+            file.flush()
+            self.rewind("image", "target", "add", target.name, "--qemu", file.name, "--replace")
+
+    def plan(self, target: Target, instant: str) -> dict[str, Any]:
+        (line,) = self.rewind("image", "plan", self.name, "--at", self.points[instant], "--target", target.name)
+        return line
+
+    def build(self, target: Target, instant: str, media: str, folder: Path) -> dict[str, Any]:
+        words = ("image", "build", self.name, "--at", self.points[instant], "--target", target.name)
+        (line,) = self.rewind(*words, "--media", media, "--into", folder)
+        return line
+
+    @contextlib.contextmanager
+    def disk(self, instant: str, path: Path):
+        """A new overlay at `path` over the point, which is served meanwhile and cannot be written."""
+        with self.session() as session, export(session, self.name, self.points[instant]) as served:
+            (one,) = served.disks
+            subprocess.run(
+                ["qemu-img", "create", "-q", "-f", "qcow2", "-b", one.uri, "-F", "raw", path, str(one.size)], check=True
+            )
+            yield path
