@@ -158,7 +158,7 @@ def _unpacked(raw: io.RawIOBase, kind: str) -> IO[bytes]:
     if kind == "bz2":
         return bz2.BZ2File(packed)
     if kind == "zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(packed), _BLOCK)
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True), _BLOCK)
     return packed
 
 
