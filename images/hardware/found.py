@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from appliance.errors import BadInventory
 from images.hardware import qemu
 from images.hardware.expand import disk_bus_of
 from images.hardware.parts import USB_DEVICES, Board, Part, is_q35
@@ -38,6 +39,8 @@ def _carries(board: Board, functions: Sequence[Function]) -> dict[str, tuple[str
     parts = {part.id: part for part in board.parts}
     own = "sata" if is_q35(board.machine) else "ide"
     hosts = [one for one in functions if disk_bus_of(one.modalias) == "usb"]
+    if board.usb and not hosts:
+        raise BadInventory(target=board.name, field="devices", reason=f"{board.usb[0].driver} has no USB to hang on")
     for one in functions:
         disks = parts[one.id].carries if one.id in parts else ()
         if not one.id and disk_bus_of(one.modalias) == own:

@@ -153,9 +153,9 @@ EVERYTHING = """-machine q35 -m 256 -nodefaults
     -device lsi53c895a,bus=br2,addr=1 -device megasas,bus=pcie.0 -device mptsas1068,bus=pcie.0
     -device pvscsi,bus=rp4 -device sdhci-pci,bus=pcie.0
     -device ich9-ahci,id=ahci2,bus=br1,addr=2
-    -device e1000,mac=52:54:00:00:00:01,bus=br2,addr=7 -device e1000e,mac=52:54:00:00:00:02,bus=rp5
-    -device vmxnet3,mac=52:54:00:00:00:03,bus=pcie.0 -device rtl8139,mac=52:54:00:00:00:04,bus=pcie.0
-    -device virtio-net-pci,mac=52:54:00:00:00:05,disable-legacy=on,bus=pcie.0
+    -device e1000,romfile=,mac=52:54:00:00:00:01,bus=br2,addr=7 -device e1000e,romfile=,mac=52:54:00:00:00:02,bus=rp5
+    -device vmxnet3,romfile=,mac=52:54:00:00:00:03,bus=pcie.0 -device rtl8139,romfile=,mac=52:54:00:00:00:04,bus=pcie.0
+    -device virtio-net-pci,romfile=,mac=52:54:00:00:00:05,disable-legacy=on,bus=pcie.0
     -device virtio-rng-pci,bus=pcie.0 -device VGA,bus=pcie.0"""
 MODULES = [
     "virtio_pci", "virtio_blk", "virtio_scsi", "virtio_net", "virtio_rng", "ahci", "nvme", "xhci_pci", "usb_storage",
@@ -293,6 +293,11 @@ def test_what_qemu_refuses_is_told_in_its_own_words(device, words):
         hardware.from_qemu(["-nodefaults", "-device", device], target="t")
     assert caught.value.fields["target"] == "t"
     assert words in str(caught.value)
+
+
+def test_a_usb_disk_without_usb_is_refused():
+    with pytest.raises(BadInventory, match="usb-storage has no USB"):
+        hardware.from_qemu("-nodefaults -device usb-storage,drive=x")
 
 
 def test_an_unknown_version_of_a_machine_is_asked_as_the_newest_with_a_note():
