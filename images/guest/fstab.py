@@ -72,9 +72,9 @@ class Names:
             return None
         letter, nvme, mmc, number = found.groups()
         index = ord(letter) - ord("a") if letter else int(nvme or mmc)
+        self.by_number.append(spec)
         if index >= len(self._disks):
             return None
-        self.by_number.append(spec)
         disk = self._disks[index]
         return self._named(partition_name(disk, int(number)) if number else disk)
 

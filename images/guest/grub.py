@@ -18,6 +18,8 @@ __all__ = ["Entry", "GrubMenu", "parse_grub", "parse_grubenv", "version_key"]
 
 _MENUS = 2000
 _DEPTH = 16
+# A variable in a variable in a line: what that grows to is limited by these.
+_VARIABLES, _VALUE, _LINE = 1000, 4096, 16384
 _VARIABLE = re.compile(r"\$(?:\{(\w{1,64})\}|(\w{1,64}))")
 _WORD = re.compile(r"""(?:[^\s"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
 
@@ -87,7 +89,7 @@ def version_key(name: str) -> list[tuple[int, int | str]]:
 class _Parser:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.top: list[Entry] = []
-        self.variables = dict(environment)
+        self.variables = {name: value[:_VALUE] for name, value in environment.items()}
         self.default = ""
         self.bls = False
         self._environment = environment
@@ -122,8 +124,8 @@ class _Parser:
     def _set(self, name: str, value: str) -> None:
         if name == "default":
             self._set_default(value)
-        elif self.top or self._open or name not in self._environment:
-            self.variables[name] = expand(value, self.variables)[:4096]
+        elif len(self.variables) < _VARIABLES and (self.top or self._open or name not in self._environment):
+            self.variables[name] = expand(value, self.variables)[:_VALUE]
 
     def _set_default(self, value: str) -> None:
         found = _VARIABLE.fullmatch(value)
@@ -147,7 +149,7 @@ class _Parser:
 
 def _words(line: str) -> list[str]:
     """As a shell splits them, with quotes taken off; variables stay."""
-    found = _WORD.findall(line[:65536])
+    found = _WORD.findall(line[:_LINE])
     words: list[str] = []
     for word in found:
         if word.startswith("#"):

@@ -98,8 +98,16 @@ def _mount_all(tree: Mountable, root: Volume, volumes: Sequence[Volume], reasons
                 mounts[where] = volume
             elif not volume:
                 _missing(line, warnings)
-    warnings += [f"/etc/fstab names {printable(spec)} by its number, not by its UUID" for spec in names.by_number]
+    numbered = _numbered(fstab, volumes)
+    warnings += [f"/etc/fstab names {printable(spec)} by its number, not by its UUID" for spec in numbered]
     return System(root, mounts, fstab, tuple(warnings))
+
+
+def _numbered(fstab: tuple[Mount, ...], volumes: Sequence[Volume]) -> list[str]:
+    names = Names(volumes)
+    for line in fstab:
+        names.find(line.spec)
+    return names.by_number
 
 
 def _subvolume(volume: Volume | None, options: tuple[str, ...], volumes: Sequence[Volume]) -> Volume | None:

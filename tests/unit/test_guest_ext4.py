@@ -129,7 +129,7 @@ def test_only_regular_files_are_read(links, path):
 
 
 def test_no_more_is_read_than_was_allowed(links):
-    with pytest.raises(GuestUnreadable, match="'/etc/file' of the guest cannot be read: it has 12 bytes and at most 11"):
+    with pytest.raises(GuestUnreadable, match=r"file '/etc/file' of .* cannot be read: it has 12 bytes and at most 11"):
         links.read("/etc/file", 11)
 
 
