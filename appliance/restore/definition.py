@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appliance.errors import NotSupported
+from appliance.restore.unshared import take_out
 
 __all__ = ["for_new_domain"]
 
@@ -18,8 +19,9 @@ def for_new_domain(
     xml: str, name: str, files: Mapping[str, tuple[Path, str]], nvram: Path | None = None, tpm: bool = False
 ) -> tuple[str, list[str]]:
     """(definition, what had to be left out). `files` are target → (path, format) of the new disks; a hard disk that is
-    not among them is left out. Name, disks and NVRAM are new; UUID and MAC addresses are left to libvirt, so that both
-    domains can run side by side. Without `tpm` an emulated TPM begins empty under the new domain's UUID.
+    not among them is left out. Name, disks and NVRAM are new; UUID and MAC addresses are left to libvirt, and what else
+    two domains cannot share (see `unshared`) is taken out, so that both can run side by side. Without `tpm` an emulated
+    TPM begins empty under the new domain's UUID.
 
     Raises NotSupported when the point has no domain XML (a QEMU that no libvirt manages).
     """
@@ -42,6 +44,7 @@ def for_new_domain(
     for interface in root.iterfind("devices/interface"):
         _drop(interface, "mac", "target", "alias")
     _nvram(root, nvram)
+    left_out += take_out(root)
     if root.find("devices/tpm") is not None and not tpm:
         left_out.append("the TPM's state: the new domain's TPM begins empty")
     return ElementTree.tostring(root, encoding="unicode"), left_out

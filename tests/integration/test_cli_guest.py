@@ -248,6 +248,8 @@ def test_a_new_domain_elsewhere(libvirt_uri, libvirt_images, short):
         <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>
         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>
         <target dev='vda' bus='virtio'/></disk>
+        <serial type='unix'><source mode='bind' path='{short}/serial'/><log file='{short}/log'/></serial>
+        <graphics type='vnc' socket='{short}/vnc'/>
         <interface type='user'><mac address='52:54:00:aa:bb:cc'/></interface></devices></domain>""")
     virsh("define", str(short / "old.xml"))
     rewind = Rewind(short / "home", libvirt_uri)
@@ -259,11 +261,12 @@ def test_a_new_domain_elsewhere(libvirt_uri, libvirt_images, short):
         refused = rewind("restore", "cli-old", "--at", "latest", "--into", libvirt_images, "--name", "cli-old", code=35)
         assert "cli-old" in refused[-1]["message"]
         made = rewind("restore", "cli-old", "--at", "latest", "--into", libvirt_images, "--name", "cli-new")[-1]
-        assert made["defined"] and made["left_out"] == []
+        assert made["defined"]
+        assert [one.split(":")[0] for one in made["left_out"]] == ["serial 0", "serial 0", "graphics vnc"]
         compared = subprocess.run(["qemu-img", "compare", image, made["files"][0]], capture_output=True, text=True)
         assert "identical" in compared.stdout
         new, old = virsh("dumpxml", "cli-new").stdout, virsh("dumpxml", "cli-old").stdout
-        assert made["files"][0] in new and "52:54:00:aa:bb:cc" not in new
+        assert made["files"][0] in new and "52:54:00:aa:bb:cc" not in new and f"{short}/" not in new
         assert virsh("domuuid", "cli-new").stdout != virsh("domuuid", "cli-old").stdout and str(image) in old
         states = {
             one["domain"]: one["protected"] for one in rewind("status", "--all") if one["type"] == "domain-status"

@@ -229,6 +229,54 @@ def test_a_new_domain_shares_nothing_with_the_old_one(tmp_path):
     assert [one.split(":")[0] for one in left_out] == ["disk vdb", "the TPM's state"]
 
 
+UNSHARED = """<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>web</name><devices>
+<serial type='unix'><source mode='bind' path='/run/mine/serial'/><log file='/var/log/mine' append='off'/></serial>
+<serial type='pty'><source path='/dev/pts/3'/></serial>
+<console type='unix'><source mode='bind' path='/run/mine/serial'/><target type='serial'/></console>
+<parallel type='file'><source path='/var/mine/parallel'/></parallel>
+<serial type='tcp'><source mode='bind' host='127.0.0.1' service='4555'/><protocol type='telnet'/></serial>
+<channel type='unix'><source mode='bind' path='/run/mine/agent'/><target type='virtio' name='org.qemu.guest_agent.0'/>
+</channel>
+<channel type='unix'><source path='/var/lib/libvirt/qemu/channel/target/domain-1-mine/x'/>
+<target type='virtio' name='x'/></channel>
+<channel type='spiceport'><source channel='kept'/><target type='virtio' name='y'/></channel>
+<graphics type='vnc' socket='/run/mine/vnc'/>
+<graphics type='spice' port='59871' autoport='no'><listen type='socket' socket='/run/mine/spice'/></graphics>
+<shmem name='mine'><server path='/run/mine/shmem'/></shmem>
+<memory model='nvdimm'><source><path>/var/mine/nvdimm</path></source></memory>
+<memory model='dimm'><target><size>1</size></target></memory>
+<interface type='vhostuser'><source type='unix' path='/run/mine/net' mode='client'/></interface>
+<interface type='bridge'><source bridge='kept0'/></interface>
+<hostdev mode='subsystem' type='pci'><source><address domain='0x0000' bus='0x3b'/></source></hostdev>
+<tpm model='tpm-tis'><backend type='passthrough'><device path='/dev/mine'/></backend></tpm>
+<filesystem type='mount'><driver type='virtiofs'/><source socket='/run/mine/fs'/><target dir='x'/></filesystem>
+<filesystem type='mount'><source dir='/kept/folder'/><target dir='y'/></filesystem>
+<disk type='block' device='lun'><source dev='/dev/mine'/><target dev='sdb'/></disk>
+<disk type='file' device='floppy'><source file='/var/mine.img'/><target dev='fda'/></disk>
+<vsock><cid auto='no' address='59872'/></vsock>
+<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+</devices><qemu:commandline><qemu:arg value='-monitor'/><qemu:arg value='unix:/run/mine/monitor'/></qemu:commandline>
+</domain>"""
+
+
+def test_a_new_domain_takes_no_socket_or_file_from_the_old_one():
+    """Started beside it, QEMU would remove the old one's sockets and begin its log anew; what may be shared stays."""
+    new, left_out = for_new_domain(UNSHARED, "web2", {})
+    for old in ("mine", "59871", "59872", "4555", "telnet", "0x3b"):
+        assert old not in new, old
+    for kept in ("kept0", "/kept/folder", "'kept'", "/dev/urandom", "guest_agent", 'model="dimm"'):
+        assert kept.replace("'", '"') in new
+    assert new.count('<serial type="pty"') == 3 and new.count('type="socket"') == 2
+    told = "\n".join(left_out)
+    for word in (
+        "/run/mine/serial", "/var/log/mine", "/var/mine/parallel", "127.0.0.1:4555", "/run/mine/agent", "/run/mine/vnc",
+        "/run/mine/spice", "59871", "shmem mine", "/var/mine/nvdimm", "/run/mine/net", "pci 0x0000 0x3b",
+        "tpm passthrough", "/run/mine/fs", "disk /dev/mine", "/var/mine.img", "59872", "commandline",
+    ):  # fmt: skip
+        assert told.count(word) == 1, (word, told)
+    assert "domain-1-mine" not in told, "nobody chose it, so nobody misses it"
+
+
 @pytest.mark.parametrize("text", ["", "{}", "<capabilities/>", "<domain"])
 def test_a_point_without_a_definition_cannot_become_a_domain(text):
     with pytest.raises(NotSupported) as caught:
