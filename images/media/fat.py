@@ -1,4 +1,4 @@
-"""File systems that firmware reads (FAT32), and disks with partitions, written without root and without mounts."""
+"""File systems that firmware reads (FAT), and disks with partitions, written without root and without mounts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
 
 # FAT32 has at least 65525 clusters, here of one sector; firmware takes what is smaller for FAT16, whatever it says.
 _SMALLEST = 36 * MiB
+_CLUSTERS_FAT16 = 65000
+_LABEL = "REWIND"
 _GPT_END = 33  # sectors of the second table, at the end of a disk
 _ALIGNED = MiB // SECTOR
 
@@ -36,17 +38,18 @@ class Partition:
     sectors: int = 0
 
 
-def write_fat(parts: Parts, files: Mapping[str, Path | bytes], out: Path, *, label: str = "REWIND") -> None:
-    """A FAT32 file system with these files by path. Raises ToolFailed."""
+def write_fat(parts: Parts, files: Mapping[str, Path | bytes], out: Path, *, removable: bool = False) -> None:
+    """A file system with these files by path: FAT32, or on a removable medium a FAT16 that is no larger than what is in
+    it (UEFI specification, "File System Format": firmware reads both). Raises ToolFailed."""
     tree = parts.work / f"{out.name}.tree"
     size = _lay_out(tree, files, parts.epoch)
     # Two tables of four bytes a cluster, the folders, and the end of each file's last cluster.
-    total = max(_SMALLEST, -(-(size + size // 50 + 2 * MiB) // MiB) * MiB)
+    total = max(0 if removable else _SMALLEST, -(-(size + size // 50 + 4 * MiB) // MiB) * MiB)
     with out.open("wb") as file:
         file.truncate(total)
     environment = parts.environment
-    clusters = ["-c", "1" if total < 512 * MiB else "8"]
-    run(["mformat", "-i", out, "-F", *clusters, "-N", parts.serial(label), "-v", label, "::"], env=environment)
+    form = _fat16(total) if removable else ["-F", "-c", "1" if total < 512 * MiB else "8"]
+    run(["mformat", "-i", out, *form, "-N", parts.serial(_LABEL), "-v", _LABEL, "::"], env=environment)
     entries = sorted(str(path) for path in tree.iterdir())
     run(["mcopy", "-i", out, "-s", "-p", "-m", "-Q", *entries, "::"], env=environment)
     shutil.rmtree(tree)
@@ -70,6 +73,14 @@ def write_disk(parts: Parts, partitions: Sequence[Partition], out: Path) -> list
     for start, partition in zip(starts, partitions, strict=True):
         _copy_sparse(partition.content, out, start * SECTOR)
     return starts
+
+
+def _fat16(total: int) -> list[str]:
+    """With the smallest clusters of which there are not too many. Raises ImageError when it would be too large."""
+    for sectors in (1, 2, 4, 8, 16, 32, 64):
+        if total // SECTOR // sectors < _CLUSTERS_FAT16:
+            return ["-c", str(sectors)]
+    raise ImageError(reason=f"{total} bytes are too many for a removable medium")
 
 
 def _lay_out(tree: Path, files: Mapping[str, Path | bytes], epoch: int) -> int:

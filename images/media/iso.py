@@ -24,7 +24,7 @@ def write_iso(parts: Parts, out: Path) -> None:
     """Raises ToolFailed, ImageError."""
     tree, volume = parts.work / "iso", parts.work / "iso.fat"
     _fill(parts, tree)
-    write_fat(parts, efi_files(parts), volume)
+    write_fat(parts, efi_files(parts), volume, removable=True)
     run([*_command(parts, volume, out), tree], env=parts.environment)
     shutil.rmtree(tree)
     volume.unlink()

@@ -9,14 +9,16 @@ import zstandard
 
 __all__ = ["compress", "knows_zstd"]
 
-_LEVEL = 9  # fixed: another level is another digest
+# Fixed: another level is another digest.
+_LEVEL = 9
+_GZIP_LEVEL = 6
 _SINCE = (5, 9)
 
 
 def compress(data: bytes, *, zstd: bool) -> bytes:
     if zstd:
         return zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(data)
-    return gzip.compress(data, _LEVEL, mtime=0)
+    return gzip.compress(data, _GZIP_LEVEL, mtime=0)
 
 
 def knows_zstd(release: str, config: bytes | None) -> bool:

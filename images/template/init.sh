@@ -6,7 +6,8 @@
 #   /rw/conf         RW_* settings (images/template/settings.py)      /rw/root    files to be laid into /run
 #   /rw/stream       if there: sourced once the drivers are in, before the root is looked for; may set ROOT
 PATH=/bin:/rw/bin
-export PATH
+BLKID_FILE=/tmp/blkid # its cache: not in the client's /run
+export PATH BLKID_FILE
 
 say() { echo "rewind: $*" >/dev/kmsg 2>/dev/null || echo "rewind: $*"; }
 tell() { echo "rewind: $*" >/dev/console 2>/dev/null; say "$@"; }
@@ -129,7 +130,7 @@ bring_up_layers() {
 } >/tmp/layers 2>&1
 
 # Nobody but us makes the nodes here, and a list of devices of the old machine names none of this one.
-LVM='activation{udev_sync=0 udev_rules=0 monitoring=0} devices{use_devicesfile=0} global{locking_type=1}'
+LVM='activation{udev_sync=0 udev_rules=0 monitoring=0} devices{use_devicesfile=0}'
 
 # RW_LUKS: words NAME:SPEC. The passphrase is asked for on the console; nothing of it is kept.
 open_luks() {

@@ -63,6 +63,7 @@ def _archive(
     archive = Archive()
     for name, data in files_for(template.userland, _tools(plan, settings)).items():
         archive.file(name, data, _PROGRAMS)
+    archive.link("bin/sh", "busybox")  # the interpreter of init; it makes the other links itself
     for folder in ("dev", "proc", "sys", "run", "root", "tmp", "etc"):
         archive.folder(folder)
     archive.device("dev/console", 5, 1)

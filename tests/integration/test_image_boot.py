@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
+import socket
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from appliance.process import run
 from images.build import build_image
-from images.model import Firmware
+from images.model import Firmware, Layer
 from images.template.settings import Settings
 from tests.support import imagekit
 from tests.support.limits import limit
@@ -33,19 +37,21 @@ def client():
 class Machine:
     """A machine of software that boots once; what it said on its console and by its proof."""
 
-    def __init__(self, folder: Path, client, *arguments: str, uefi: str = "", smm: str = "off"):
+    def __init__(self, folder: Path, client, *arguments: str, uefi: str = "", smm: str = "off", answer=("", "")):
         self.disk = shutil.copy(client.disk, folder / "root.img")
         self.before = hashlib.sha256(self.disk.read_bytes()).hexdigest()
         self.proof_file, self.console_file = folder / "proof.log", folder / "console.log"
         command = ["qemu-system-x86_64", "-accel", "tcg", "-machine", f"q35,smm={smm}", "-cpu", "max", "-m", "512"]
         command += ["-nodefaults", "-display", "none", "-no-reboot"]
-        command += ["-serial", f"file:{self.console_file}", "-serial", f"file:{self.proof_file}"]
+        line = f"socket,id=console,path={folder}/console,server=on,wait=off,logfile={self.console_file}"
+        command += ["-chardev", line, "-serial", "chardev:console", "-serial", f"file:{self.proof_file}"]
         if uefi:
             variables = shutil.copy(_OVMF / f"OVMF_VARS_4M{uefi}", folder / "vars.fd")
             command += ["-drive", f"if=pflash,format=raw,readonly=on,file={_OVMF / f'OVMF_CODE_4M{uefi}'}"]
             command += ["-drive", f"if=pflash,format=raw,file={variables}"]
         command += ["-drive", f"if=none,id=root,format=raw,file={self.disk}", *_NIC, *arguments]
-        run(command, timeout=limit(120))
+        with answering(folder / "console", self.console_file, *answer):
+            run(command, timeout=limit(120))
         self.console = self.console_file.read_text(errors="replace")
         self.proof = self.proof_file.read_text(errors="replace").replace("\r", "")
 
@@ -61,6 +67,30 @@ class Machine:
         assert "pid: 1\n" in self.proof
 
 
+@contextlib.contextmanager
+def answering(console: Path, log: Path, question: str, answer: str):
+    """Somebody at the console who types `answer` once, when the machine has asked."""
+    over = threading.Event()
+
+    def sit() -> None:
+        while not over.wait(0.2):
+            if log.exists() and question in log.read_text(errors="replace"):
+                with socket.socket(socket.AF_UNIX) as line:
+                    line.connect(str(console))
+                    line.sendall(answer.encode())
+                    over.wait()
+
+    person = threading.Thread(target=sit)
+    if question:
+        person.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if question:
+            person.join()
+
+
 def attached(file: Path, *device: str) -> list[str]:
     return ["-drive", f"if=none,id=boot,format=raw,readonly=on,file={file}", *device]
 
@@ -73,7 +103,7 @@ AHCI = ["-device", "ide-hd,drive=root,bus=ide.0"]
 
 @pytest.mark.timeout(200)
 def test_esp_disk_on_uefi_and_nvme(template, client, tmp_path):
-    """P6-07, P6-12, P6-19: firmware, controller and card are new; one kernel boots, the client's and not the template's.
+    """P6-07, P6-12, P6-19: firmware, controller and card are new; one kernel boots, the client's, not the template's.
 
     The disk was never set up for UEFI and has no driver for NVMe in an initramfs: it has none at all."""
     plan = imagekit.plan(client, imagekit.inventory(), "nvme", "e1000e")
@@ -148,3 +178,59 @@ def test_missing_root_is_told_and_ends(template, client, tmp_path):
     assert f"CANNOT GO ON: the root file system UUID={imagekit.UUID} is not there" in machine.console
     assert re.search(r"disks of this machine: .*sr0", machine.console)
     assert "nothing was written" in machine.console
+
+
+# Run by our init in the place of a stream: makes the layers on two empty disks and copies the client's root there.
+_MAKE_LAYERS = """
+set -x
+case $LAYERS in
+    *luks*)
+        x cryptsetup luksFormat --batch-mode --pbkdf pbkdf2 --pbkdf-force-iterations 1000 /dev/sdb /rw/key
+        x cryptsetup open --key-file /rw/key /dev/sdb sealed
+        below=/dev/mapper/sealed ;;
+    *)
+        x mdadm --create /dev/md0 --run --level=1 --metadata=1.2 --raid-devices=2 /dev/sdb /dev/sdc
+        below=/dev/md0 ;;
+esac
+x lvm pvcreate --config "$LVM" $below && x lvm vgcreate --config "$LVM" vg $below
+x lvm lvcreate --config "$LVM" --wipesignatures n -l 100%FREE -n root vg && mke2fs /dev/mapper/vg-root
+mkdir /tmp/new && mount /dev/sda -o ro /root && mount -t ext4 /dev/mapper/vg-root /tmp/new && cp -a /root/. /tmp/new/
+umount /tmp/new && x lvm vgchange --config "$LVM" -an vg && echo made >/dev/ttyS1
+poweroff -f
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layers", [(Layer.MD, Layer.LVM), (Layer.LUKS, Layer.LVM)], ids=["md", "luks"])
+def test_root_on_layers(layers, template, client, tmp_path):
+    """P6-07: our own init brings up arrays, keys (by the console) and volumes; its hook runs before the root is looked
+    for. The passphrase is in no file of the image that boots."""
+    secret = "correct horse battery"
+    target = imagekit.inventory(Firmware.BIOS)
+    drivers = ("ahci", "raid1", "dm_mod", "dm_crypt", "xts", "aes_generic", "sha256_generic", "algif_skcipher")
+    disks = []
+    for number in (2, 3):
+        blank = tmp_path / f"disk{number}"
+        blank.touch()
+        blank.open("r+b").truncate(96 << 20)
+        disks += ["-drive", f"if=none,id=d{number},format=raw,file={blank}"]
+        disks += ["-device", f"ide-hd,drive=d{number},bus=ide.{number}"]
+    plan = imagekit.plan(client, target, *drivers, "e1000e")
+    hook = f"LAYERS={layers[0].value}\n{_MAKE_LAYERS}".encode()
+    tools = ("mdadm", "lvm", "cryptsetup", "dmsetup")
+    making = Settings(extra={"rw/stream": hook, "rw/key": secret.encode()}, tools=tools)
+    first = build_image(plan, client.tree(), template, media=["iso"], folder=tmp_path / "make", settings=making)
+    made = Machine(tmp_path, client, *AHCI, *disks, *attached(first.files["iso"], *CD))
+    assert made.proof.endswith("made\n"), made.console[-4000:]
+
+    root = replace(plan.client.root, spec="/dev/mapper/vg-root", layers=(Layer.PARTITION, *layers), volume="vg/root")
+    sealed = ("sealed /dev/sdb none luks",) if Layer.LUKS in layers else ()
+    line = plan.command_line.replace(f"UUID={imagekit.UUID}", root.spec)
+    plan = replace(plan, client=replace(plan.client, root=root, crypttab=sealed), command_line=line)
+    second = build_image(plan, client.tree(), template, media=["iso"], folder=tmp_path / "image")
+    assert secret.encode() not in second.files["iso"].read_bytes()
+    question = ("Enter passphrase", secret + "\n") if sealed else ("", "")
+    machine = Machine(tmp_path, client, *AHCI, *disks, *attached(second.files["iso"], *CD), answer=question)
+    machine.has_booted(client)
+    assert "/dev/mapper/vg-root" in machine.proof

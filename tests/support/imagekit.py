@@ -16,8 +16,19 @@ from pathlib import Path
 
 from appliance.errors import GuestUnreadable
 from images.model import (
-    Client, Decision, Device, Firmware, Generator, Inventory, Layer, Nic, Plan, Role, Root, Verdict,
-)  # fmt: skip
+    Client,
+    Decision,
+    Device,
+    Firmware,
+    Generator,
+    Inventory,
+    Layer,
+    Nic,
+    Plan,
+    Role,
+    Root,
+    Verdict,
+)
 from images.template import apt, build, loaders, userland
 from images.template.build import Template, build_template, load_template
 from images.template.modules import plain
@@ -35,6 +46,8 @@ _MODULES = {
     "virtio_blk": "virtio:d00000002v00001AF4",
     "e1000e": "pci:v00008086d000010D3sv00008086sd00000000bc02sc00i00",
 }
+# For roots that are more than a partition.
+_LAYERS = ("raid1", "dm_mod", "dm_crypt", "xts", "aes_generic", "sha256_generic", "algif_skcipher")
 # What is above: the disk's own driver, the file system, and the checksums it asks for by name.
 _ABOVE = ("sd_mod", "sr_mod", "crc32c_generic", "ext4")
 
@@ -123,9 +136,9 @@ def plan(tiny: TinyClient, target: Inventory, *drivers: str, **changes: object) 
                  origin="client")
         for path in load
     )  # fmt: skip
-    line = f"root=UUID={UUID} ro console=ttyS0 client.setting=42"
+    line = f"root=UUID={UUID} ro console=ttyS0 client.setting=42 panic=1"
     return Plan(
-        client=replace(system, **changes), inventory=target, decisions=decisions, load=load, rename={MAC: "lan7"},  # type: ignore[arg-type]
+        client=replace(system, **changes), inventory=target, decisions=decisions, load=load, rename={MAC: "lan7"},
         command_line=line,
     )  # fmt: skip
 
@@ -181,7 +194,7 @@ def _client(folder: Path) -> None:
     whole = TinyClient(folder / "whole", folder, release)
     (folder / "whole/usr/lib").mkdir(parents=True)
     os.rename(modules, folder / "whole/usr/lib/modules")
-    for path in whole.load(*_MODULES, *_ABOVE):
+    for path in whole.load(*_MODULES, *_ABOVE, *_LAYERS):
         target = root / "usr/lib/modules" / release / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "whole/usr/lib/modules" / release / path, target)
