@@ -23,6 +23,7 @@ from typing import NoReturn
 from appliance.errors import BadInventory
 from images.hardware import command_line, libvirt_os
 from images.hardware.parts import NICS, Board, Part, UsbPart, is_q35
+from images.hardware.placing import bridges_first, placed
 from images.model import Firmware
 
 __all__ = ["board_of"]
@@ -50,8 +51,6 @@ _VIDEO = {
     "vga": "VGA", "cirrus": "cirrus-vga", "qxl": "qxl-vga", "virtio": "virtio-vga", "bochs": "bochs-display",
     "vmvga": "vmware-svga",
 }  # fmt: skip
-# These sit on PCI Express; what is not here sits on plain PCI.
-_EXPRESS = re.compile(r"virtio-.*|nvme|e1000e|igb|vmxnet3|pvscsi|megasas|qemu-xhci|nec-usb-xhci")
 
 
 def board_of(xml: str, *, target: str = "") -> Board:
@@ -78,14 +77,15 @@ class _Reader:
         self.notes: list[str] = []
 
     def board(self) -> Board:
-        for read in (self._controllers, self._implied, self._disks, self._nics, self._others, self._passed_through):
+        for read in (self._controllers, self._implied, self._disks, self._nics, self._others):
             read()
-        self._place_loose()
+        self.parts += placed(self.loose, self.q35)
+        self.loose = []
         self._own_arguments()
         uefi = libvirt_os.is_uefi(self.root)
         return Board(
             name=self.name, machine=self.machine, firmware=Firmware.UEFI if uefi else Firmware.BIOS,
-            parts=tuple(self._bridges_first()), usb=tuple(self.usb), built_in=tuple(self.built_in),
+            parts=tuple(bridges_first(self.parts, self.name)), usb=tuple(self.usb), built_in=tuple(self.built_in),
             secure_boot=uefi and libvirt_os.is_secure(self.root), tpm=self.root.find("devices/tpm") is not None,
             console=libvirt_os.console_of(self.root), memory_bytes=libvirt_os.memory_of(self.root, self.name),
             notes=tuple(self.notes),
@@ -193,14 +193,12 @@ class _Reader:
             self._add(Part("virtio-balloon-pci", "balloon0", self._address(balloons[0]) if balloons else {}))
         for number, one in self._each("rng"):
             self._add(Part("virtio-rng-pci", f"rng{number}", self._address(one)))
+        for number, _ in self._each("hostdev"):
+            self.notes.append(f"host device {number} is passed through, it was not looked at")
         for _, one in self._each("input"):
             driver = {"tablet": "usb-tablet", "mouse": "usb-mouse", "keyboard": "usb-kbd"}.get(one.get("type", ""))
             if driver and one.get("bus") == "usb":
                 self.usb.append(UsbPart(driver, "usb0"))
-
-    def _passed_through(self) -> None:
-        for number, _ in self._each("hostdev"):
-            self.notes.append(f"host device {number} is passed through, it was not looked at")
 
     def _own_arguments(self) -> None:
         """`<qemu:commandline>`: devices that libvirt has no words for, an emulated NVMe disk with the older ones."""
@@ -233,30 +231,6 @@ class _Reader:
 
     def _bus(self, number: int) -> str:
         return f"pci.{number}" if number else "pcie.0" if self.q35 else "pci.0"
-
-    def _place_loose(self) -> None:
-        """What has no address comes after what has one. On q35 libvirt gives each Express device a root port."""
-        for number, part in enumerate(self.loose):
-            if self.q35 and _EXPRESS.fullmatch(part.driver):
-                port = Part("pcie-root-port", f"port{number}", {"bus": "pcie.0", "chassis": str(128 + number % 128)})
-                self.parts.append(port)
-                part = replace(part, properties={**part.properties, "bus": port.id})
-            self.parts.append(part)
-        self.loose = []
-
-    def _bridges_first(self) -> Iterator[Part]:
-        """Each part after the bridge that it is behind."""
-        ids = {part.id for part in self.parts}
-        made: set[str] = set()
-        waiting = self.parts
-        while waiting:
-            ready = [one for one in waiting if (bus := one.properties.get("bus", "")) not in ids or bus in made]
-            if not ready:
-                circle = ", ".join(one.id for one in waiting)
-                self._refuse("devices/controller", f"the bridges {circle} hang in a circle")
-            yield from ready
-            made |= {one.id for one in ready}
-            waiting = [one for one in waiting if one not in ready]
 
     # --- small ------------------------------------------------------------------------------------------------------
 

@@ -116,7 +116,9 @@ def test_a_definition_that_libvirt_made_and_libvirts_own_command_line_tell_the_s
     assert ids(told) == ids(found)
     assert [one.slot for one in told.devices] == [one.slot for one in found.devices]
     assert told.nics == found.nics and told.firmware is found.firmware
-    for inventory in (found, hardware.from_xml(written_by_hand(case, libvirt_images))):
+    by_hand = hardware.from_xml(written_by_hand(case, libvirt_images))
+    assert set(ids(by_hand)) == set(ids(found))
+    for inventory in (found, by_hand):
         pci = carrier(inventory, case.target)
         assert (pci.vendor, pci.device) == case.controller_ids
         (nic,) = inventory.nics
