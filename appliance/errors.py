@@ -219,7 +219,8 @@ class StoreError(RewindError):
 class RepositoryNotFound(StoreError):
     exit_code = 30
     template = "no repository at {url}"
-    default_hint = "`rewind init` makes one"
+    # Not `rewind init`: whoever looks for a repository knows of one there, and a new one would hide its points.
+    default_hint = "is it mounted, or reachable?"
 
 
 class Locked(StoreError):
@@ -237,7 +238,7 @@ class IntegrityError(StoreError):
 class WrongKey(StoreError):
     exit_code = 33
     template = "{url}: {reason}"
-    default_hint = "give the key file that `rewind init` wrote, or its passphrase"
+    default_hint = "put a copy of the right key in its place: `rewind key export` made it"
 
 
 class ObjectNotFound(StoreError):

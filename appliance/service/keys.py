@@ -48,6 +48,19 @@ def key_path(session: Session) -> Path:
     return Path(named) if named else session.home.key_file
 
 
+def explained(session: Session, key: Key | None, error: WrongKey) -> WrongKey:
+    """The same with the file that was tried and what to do about it."""
+    path = key_path(session)
+    if key is None:
+        return error  # a home without encryption: the repository that lies there now is another one
+    reason = f"the key {fingerprint(key)} in {path} is not this repository's"
+    return WrongKey(
+        url=error.fields["url"], reason=reason,
+        hint=f"put the right copy of the key as {path} (`rewind key show` tells keys apart), or is another repository"
+        " mounted there?",
+    )  # fmt: skip
+
+
 def passphrase(session: Session, prompt: str) -> str:
     """From the environment, or from the person at the terminal. Raises WrongKey where there is neither."""
     given = os.environ.get(PASSPHRASE_VARIABLE)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
-from appliance.errors import NotProtected
+from appliance.errors import NotProtected, RepositoryNotFound, WrongKey
 from appliance.service import locks
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ Progress = Callable[[int, int, str], None]
 
 def silent(_done: int, _total: int, _what: str = "") -> None:
     """Progress that nobody looks at."""
+
+
+def _where_is_it(url: str) -> str:
+    """What to look at where a home's repository is missing; never to make a new one, which would hide the points."""
+    if "://" in url:
+        return "this home had its repository there: is the endpoint right, and may these credentials see the bucket?"
+    there = next(path for path in (Path(url), *Path(url).parents) if path.exists())
+    return f"this home had its repository there: is it mounted? `findmnt --target {there}` tells what lies there now"
 
 
 class Session:
@@ -101,12 +109,24 @@ class Session:
 
     @cached_property
     def repository(self) -> Repository:
+        """Raises RepositoryNotFound, WrongKey with what to do in this home, and what `Repository.open` raises."""
+        from appliance.service import keys
         from appliance.store import Repository, open_backend
 
-        instance = self.instance
-        repository = Repository.open(open_backend(instance["url"]), cache=self.home.cache, key=self.key)
+        instance, key = self.instance, self.key
+        try:
+            repository = Repository.open(open_backend(instance["url"]), cache=self.home.cache, key=key)
+        except WrongKey as error:
+            raise keys.explained(self, key, error) from None
+        except RepositoryNotFound as error:
+            raise RepositoryNotFound(**error.fields, hint=_where_is_it(error.fields["url"])) from None
         self._stack.callback(repository.close)
         return repository
+
+    @property
+    def opened(self) -> bool:
+        """Whether `repository` has been opened, so that asking it again does not fail again."""
+        return "repository" in vars(self)
 
     @cached_property
     def catalogue(self) -> Catalogue:

@@ -17,6 +17,7 @@ from appliance.errors import (
     PermissionDenied,
     RepositoryNotFound,
     VersionUnsupported,
+    WrongKey,
 )
 
 if TYPE_CHECKING:
@@ -117,11 +118,15 @@ def _repository(
     from appliance.store import Repository, open_backend
 
     path = key_file or session.home.key_file
-    backend = open_backend(url)
+    backend, known = open_backend(url), _existing_key(session, path)
     try:
-        return Repository.open(backend, cache=session.home.cache, key=_existing_key(session, path)), False, path
+        return Repository.open(backend, cache=session.home.cache, key=known), False, path
     except RepositoryNotFound:
         pass
+    except WrongKey as error:
+        tried = "" if known is None else f" ({path} was tried)"
+        hint = f"give a copy of its key{tried}: rewind init --repository {url} --key-file FILE"
+        raise WrongKey(**error.fields, hint=hint) from None
     key = _new_key(session, path, new_passphrase) if encrypt else None
     return Repository.create(backend, cache=session.home.cache, key=key), True, path
 

@@ -71,7 +71,9 @@ class Key:
         except PermissionError as error:
             raise PermissionDenied(url=str(path.parent), name=path.name, reason="cannot be read") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise WrongKey(url=str(path), reason="there is no key file that can be read") from error
+            raise WrongKey(
+                url=str(path), reason="there is no key file that can be read", hint=f"put a copy of the key as {path}"
+            ) from error
 
     @classmethod
     def from_fd(cls, fd: int) -> Key:

@@ -176,8 +176,9 @@ def test_init_twice_is_refused(made):
 def test_a_second_home_joins_the_repository_with_its_key(made, tmp_path, capsys):
     other = Rewind(made.home.parent / "other", capsys)
     url = made.home / "repository"
-    message, _hint = other.fails(33, "init", "--repository", url)
+    message, hint = other.fails(33, "init", "--repository", url)
     assert "key" in message
+    assert f"rewind init --repository {url} --key-file" in hint
     found = other.json("init", "--repository", url, "--key-file", made.home / "key")
     assert found[0]["created"] is False
     assert other("points", "web") == 22
@@ -239,15 +240,20 @@ def test_a_lost_key_is_told(web):
     (web.home / "key").unlink()
     message, hint = web.fails(33, "points", "web")
     assert str(web.home / "key") in message
-    assert hint
+    assert f"copy of the key as {web.home / 'key'}" in hint
 
 
 def test_a_foreign_key_is_told(web, tmp_path, capsys):
     other = Rewind(web.home.parent / "other", capsys)
     assert other("init") == 0
     (web.home / "key").write_text((other.home / "key").read_text())
-    message, _hint = web.fails(33, "points", "web")
+    message, hint = web.fails(33, "points", "web")
     assert "not this repository's" in message
+    assert str(web.home / "key") in message and str(web.home / "key") in hint
+    assert web.json("key", "show")[0]["id"] in message, "so that copies can be told apart"
+    found = [one for one in web.json("--connect", DEAD, "doctor") if "key" in one.get("finding", "")]
+    assert [one["name"] for one in found if one["status"] == "fail"] == ["key"]
+    assert [one["name"] for one in found if one["status"] == "ok" and one["name"] in ("key", "repository")] == []
 
 
 # --- A12: bad input -------------------------------------------------------------------------------------------------
@@ -406,9 +412,19 @@ def test_a_remote_hypervisor_is_refused_with_the_reason(web):
 def test_a_repository_that_is_gone_is_told(web):
     """A12"""
     os.rename(web.home / "repository", web.home / "moved")
+    where = str(web.home / "repository")
     message, hint = web.fails(30, "points", "web")
-    assert str(web.home / "repository") in message
-    assert hint
+    assert where in message
+    assert "mounted" in hint and f"findmnt --target {web.home}`" in hint, "as far as there is a folder"
+    assert "init" not in hint, "that would make an empty one in its place"
+
+
+def test_doctor_sends_nobody_to_make_a_new_repository(web):
+    """What is missing is told once, by the check that it belongs to; the clock is judged without."""
+    os.rename(web.home / "repository", web.home / "moved")
+    found = [one for one in web.json("--connect", DEAD, "doctor") if "no repository" in one.get("finding", "")]
+    assert [(one["name"], one["status"]) for one in found] == [("repository", "fail")]
+    assert "mounted" in found[0]["remedy"] and "init" not in found[0]["remedy"]
 
 
 def test_a_repository_of_another_version_is_told(web):
@@ -680,6 +696,24 @@ def test_a_label_that_is_used_already_is_told_when_the_point_is_taken(web):
     assert "the label 'before-upgrade' has point 0001abcd00000001" in web.err
     assert web("point", "web", "--label", "another") != 0
     assert "has point" not in web.err
+
+
+@pytest.mark.parametrize("label", ["latest", "10m ago", "#5", "14:02", "2026-03-01", NEWEST[:4] + "0" * 16])
+def test_a_label_that_names_an_instant_is_refused(web, label):
+    """Promise 1: `revert --to latest` must never go to a point that somebody has called so."""
+    message, hint = web.fails(3, "point", "web", "--label", label)
+    assert f"{label!r} cannot be a label" in message and f"`--label 'at {label}'`" in hint
+
+
+def test_a_label_of_before_does_not_win_over_what_it_says(web, cut):
+    """Promise 1: and whoever types it is told which point has it."""
+    with Session(Home(web.home)) as session:
+        point = session.repository.points()[1]
+        session.repository.commit(replace(point, id="0000abcd0000ffff", label="latest"))
+    cut()
+    assert web("revert", "web", "--to", "latest", "--dry-run") == 0
+    assert f"web to {NEWEST}" in web.out
+    assert "the point with that label is 0000abcd0000ffff" in web.err
 
 
 # --- history --------------------------------------------------------------------------------------------------------

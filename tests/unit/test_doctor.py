@@ -214,6 +214,7 @@ def test_a_clock_that_was_set_back_is_told(session, monkeypatch):
 
     ahead = type("Point", (), {"time": datetime.now(UTC) + timedelta(hours=1)})()
     monkeypatch.setattr(Catalogue, "points", lambda *_, **__: [ahead])
+    assert session.repository.points() == []
     assert "set back" in text(host.clock(session), "warn")
 
 

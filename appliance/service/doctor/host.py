@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from appliance.errors import RewindError
+from appliance.errors import RewindError, WrongKey
 from appliance.process import run
 from appliance.service import keys
 from appliance.service.doctor import known
@@ -65,6 +65,13 @@ def key(session: Session) -> Iterator[Check]:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         yield warn("key", f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}")
+    try:
+        session.repository  # noqa: B018  the only proof that it is the right key
+    except WrongKey as error:
+        yield fail("key", error.message, error.hint)
+        return
+    except RewindError:
+        pass  # told by the check of the repository; nothing is wrong with the key as far as anybody knows
     if not keys.was_exported(session):
         yield warn("key", "no copy of the key was ever made: with this disk every point would be lost",
                    "rewind key export FILE, and keep FILE away from this host")  # fmt: skip
@@ -75,6 +82,12 @@ def key(session: Session) -> Iterator[Check]:
 def repository(session: Session) -> Iterator[Check]:
     """That it opens with our key, and can be listed."""
     began = time.monotonic()
+    try:
+        session.repository  # noqa: B018
+    except WrongKey:
+        if session.instance.get("encrypted", True):
+            return  # told by the check of the key
+        raise
     count = sum(session.catalogue.count().values())
     took = format_duration(time.monotonic() - began)
     yield ok("repository", f"{session.instance['url']} opens, {count} points listed in {took}")
@@ -103,8 +116,10 @@ def space(session: Session) -> Iterator[Check]:
 
 
 def clock(session: Session) -> Iterator[Check]:
-    """Points are found by their time, so a wrong clock leads to wrong points."""
-    newest = max((one.time for one in session.catalogue.points(measure=False)), default=None)
+    """Points are found by their time, so a wrong clock leads to wrong points. Why there are none to compare with is
+    told by others."""
+    points = session.catalogue.points(measure=False) if session.opened else []
+    newest = max((one.time for one in points), default=None)
     ahead = (newest - datetime.now(UTC)).total_seconds() if newest else 0
     if ahead > 1:
         yield warn("clock", f"the newest point lies {format_duration(ahead)} in the future: the clock was set back",
