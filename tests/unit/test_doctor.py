@@ -176,6 +176,39 @@ def test_what_an_interrupted_point_left_is_told(session, monkeypatch):
         assert "rw-ep0-cbw" not in text(domains.check(session, None))
 
 
+def put_revert(home):
+    from appliance.restore import intent
+
+    made = intent.Intent(
+        id="i", domain="web", uuid="uuid-web", uri="test:///", verb="revert", point="0001abcd00000001",
+        safety_point="0003abcd00000003", timeline="t2", instant=True, was="running",
+        rate=0, started=0.0, repository="", phase=intent.Phase.SWITCHED,
+    )  # fmt: skip
+    intent.save(home, made)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_revert_that_nobody_ends_is_a_failure(session, there):
+    """Also of a domain that is gone: its disks alone are neither state."""
+    put_revert(session.home)
+    session.use(*([Domain(), Domain("db")] if there else [Domain("db")]))
+    for only in ("web", None):
+        found = [one for one in domains.check(session, only) if "revert" in one.finding]
+        assert [(one.name, one.status) for one in found] == [("domain web", "fail")]
+        assert "0001abcd00000001" in found[0].finding and found[0].remedy == "rewind resume web"
+    assert "revert" not in text(domains.check(session, "db"))
+
+
+def test_a_revert_that_goes_on_by_itself_is_no_failure(session):
+    from appliance.restore import intent
+
+    put_revert(session.home)
+    session.use(Domain())
+    with intent.drive_lock(session.home, "uuid-web"):
+        assert text(domains.check(session, "web"), "fail") == ""
+        assert "rewind resume web" in text(domains.check(session, "web"), "warn")
+
+
 def test_an_unknown_domain_is_a_finding_not_an_error(session):
     found = list(examine(session, "nobody"))
     assert [one.status for one in found] == ["fail"]

@@ -11,7 +11,7 @@ from appliance.errors import RewindError
 from appliance.hypervisor.base import Domain, DomainState
 from appliance.service.doctor import known
 from appliance.service.doctor.finding import Check, fail, ok, warn
-from appliance.service.recovery import under_way
+from appliance.service.recovery import abandoned, under_way
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection
@@ -21,7 +21,9 @@ __all__ = ["check"]
 
 
 def check(session: Session, only: str | None) -> Iterator[Check]:
-    """Every domain at the URI, or one of them."""
+    """Every domain at the URI, or one of them. Reverts come first: they are known without the hypervisor, and also of
+    a domain that it does not know any more."""
+    yield from _reverts(session, only)
     names = [only] if only else list(session.hypervisor().domains())
     for name in names:
         try:
@@ -30,6 +32,21 @@ def check(session: Session, only: str | None) -> Iterator[Check]:
             yield fail(f"domain {name}", error.message, error.hint)
     if not names:
         yield ok("domains", f"none at {session.uri}")
+
+
+def _reverts(session: Session, only: str | None) -> Iterator[Check]:
+    """Until it has ended the guest may be paused, and its disks alone are neither the old state nor the new one."""
+    left = {one.uuid for one in abandoned(session)}
+    for one in under_way(session):
+        if only not in (None, one.domain, one.uuid):
+            continue
+        remedy = f"rewind resume {one.domain}"
+        if one.uuid in left:
+            finding = f"a revert to {one.target} is half-way and nobody goes on with it: the guest may be paused"
+            yield fail(f"domain {one.domain}", finding, remedy)
+        else:
+            finding = f"a revert to {one.target} is under way and goes on by itself"
+            yield warn(f"domain {one.domain}", finding, f"`{remedy}` waits for its end")
 
 
 def _domain(session: Session, domain: Domain) -> Iterator[Check]:
