@@ -109,6 +109,8 @@ class _Asked:
         self._ledger = Ledger(session.home.ledger(known.uuid))
 
     def point(self) -> Point:
+        for one in when.outdone(self._known.points, self._text):
+            self._session.say(f"{self._text.strip()!r} means what it says; the point with that label is {one.id}")
         if not (self._known.points and self._ledger.spans()) or when.named(self._known.points, self._text):
             return self.as_ever()
         number = instant.number_of(self._text.removesuffix("?"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.errors import (
+    ConfigError,
     ConnectError,
     DiskNotFound,
     DomainBusy,
@@ -25,6 +26,7 @@ from appliance.service import tap
 from appliance.service.history import uuid_of
 from appliance.service.recovery import refuse_if_under_way
 from appliance.service.session import Progress, Session, silent
+from appliance.timeline.when import reading
 
 if TYPE_CHECKING:
     from appliance.hypervisor.base import Domain
@@ -190,11 +192,13 @@ def point(
     wait: float = 0.0,
     progress: Progress = silent,
 ) -> Point:
-    """Take one point now. Raises NotProtected, RevertUnderWay, DomainBusy in a pause when no person asked for it,
-    and what the epoch raises: the guest is unharmed then, and what it wrote is in the next point."""
+    """Take one point now. Raises ConfigError for a label that means something else already, NotProtected,
+    RevertUnderWay, DomainBusy in a pause when no person asked for it, and what the epoch raises: the guest is unharmed
+    then, and what it wrote is in the next point."""
     from appliance.capture import epoch
     from appliance.store.merge import tidy
 
+    _need_free(label)
     record = session.record(name)
     if record is None:
         raise _not_protected(session, name)
@@ -217,6 +221,15 @@ def point(
             )  # fmt: skip
     tidy(session.repository)
     return taken.point
+
+
+def _need_free(label: str) -> None:
+    """A revert to `latest` or to a time must never go to what somebody has called so. Raises ConfigError."""
+    if meaning := reading(label):
+        raise ConfigError(
+            reason=f"{label!r} cannot be a label: `--to {label}` means {meaning}",
+            hint=f"add a word to it: `--label 'at {label.strip()}'`",
+        )
 
 
 def _warn_of_label(session: Session, record: Protection, label: str) -> None:

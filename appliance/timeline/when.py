@@ -18,7 +18,10 @@ shown to the second and what was read from a list must lead back to its line.
 When clocks are set back and a local time comes twice, the earlier one is meant: going back too far loses less than
 going back too little. `Z` or an offset tells them apart.
 
-A label wins over everything else that its text could mean, and an exact id over that.
+`latest`, ages, times, `#N` and exact ids mean themselves, whatever labels there are: who types a time wants that time,
+and a revert to something else destroys. So no new point is given such a label (`reading`), and the point of one that
+was given before this rule is named by its id. Over plain digits a label wins; where a label and the beginning of
+another point's id are the same, both are shown.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from zoneinfo import ZoneInfo
 from appliance.errors import AmbiguousPoint, InGap, NoSuchPoint
 from appliance.units import parse_duration
 
-__all__ = ["Instant", "Kept", "Span", "described", "listed", "named", "parse_time", "resolve"]
+__all__ = ["Instant", "Kept", "Span", "described", "listed", "named", "outdone", "parse_time", "reading", "resolve"]
 
 # Shorter ones are more often a slip than an id.
 SHORTEST_PREFIX: Final = 4
@@ -46,6 +49,9 @@ _TIME = re.compile(
     r"\s*(?P<zone>[zZ]|[+-]\d\d(?::?\d\d)?|[A-Za-z]+(?:/[A-Za-z0-9_+-]+)*)?"
 )
 _AGO = re.compile(r"(?P<duration>.*\S)\s+ago", re.IGNORECASE)
+_WRITE = re.compile(r"#\d{1,19}\??")
+# Ids begin with their time in milliseconds: those of the years 2004 to 2039 with 01.
+_ID = re.compile(r"[0-9a-f]{20}|01[0-9a-f]{2,18}", re.IGNORECASE)
 
 
 class Kept(Protocol):
@@ -71,6 +77,8 @@ class Span(Protocol):
 
 
 P = TypeVar("P", bound=Kept)
+
+_ANY: Final = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +106,14 @@ def resolve(
     wanted = text.strip()
     if not ordered:
         raise NoSuchPoint(domain=domain, when=text, hint=f"`rewind point {domain}` takes the first one")
-    found = _exactly(ordered, wanted)
+    found = _with_id(ordered, wanted)
     if not found and wanted.lower() == "latest":
         return ordered[-1]
     if not found:
         instant = parse_time(wanted, now, zone)
         if instant is not None:
             return _at(ordered, instant, text, now, domain, gaps, zone)
-        found = _beginning_with(ordered, wanted)
+        found = _called(ordered, wanted)
     if len(found) > 1:
         raise AmbiguousPoint(domain=domain, when=text, count=len(found), candidates=_some(found, zone))
     if not found:
@@ -116,7 +124,29 @@ def resolve(
 def named(points: Sequence[P], text: str) -> bool:
     """Whether `resolve` takes the text for an id, its beginning, a label or `latest`, and not for a time."""
     wanted = text.strip()
-    return wanted.lower() == "latest" or bool(_exactly(points, wanted) or _beginning_with(points, wanted))
+    if wanted.lower() == "latest" or _with_id(points, wanted):
+        return True
+    # Whether a time makes sense does not depend on when it is asked.
+    return parse_time(wanted, _ANY) is None and bool(_called(points, wanted))
+
+
+def reading(text: str) -> str:
+    """What `resolve` takes the text for whatever labels there are, in words; empty when it is free to be a label."""
+    wanted = text.strip()
+    if wanted.lower() == "latest":
+        return "the newest point"
+    if _WRITE.fullmatch(wanted):
+        return "the number of a write"
+    if parse_time(wanted, _ANY) is not None:
+        return "a time"
+    return "the id of a point" if _ID.fullmatch(wanted) else ""
+
+
+def outdone(points: Iterable[P], text: str) -> list[P]:
+    """Those that have the text for a label which `resolve` takes for something else."""
+    wanted = text.strip()
+    same = [point for point in points if point.label == wanted and point.id != wanted.lower()]
+    return same if same and reading(wanted) else []
 
 
 def listed(points: Iterable[P], instant: Instant) -> list[P]:
@@ -190,15 +220,16 @@ def _at(
     return points[after - 1]
 
 
-def _exactly(points: Sequence[P], text: str) -> list[P]:
-    found = [point for point in points if point.id == text.lower()]
-    return found or [point for point in points if point.label and point.label == text]
+def _with_id(points: Sequence[P], text: str) -> list[P]:
+    return [point for point in points if point.id == text.lower()]
 
 
-def _beginning_with(points: Sequence[P], text: str) -> list[P]:
-    if len(text) < SHORTEST_PREFIX:
+def _called(points: Sequence[P], text: str) -> list[P]:
+    """Those with that label, or with an id that begins so."""
+    if _WRITE.fullmatch(text):
         return []
-    return [point for point in points if point.id.startswith(text.lower())]
+    begin = text.lower() if len(text) >= SHORTEST_PREFIX else None
+    return [one for one in points if (one.label and one.label == text) or (begin and one.id.startswith(begin))]
 
 
 def described(point: Kept, zone: tzinfo | None) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from appliance.errors import AmbiguousPoint, InGap, NoSuchPoint
 from appliance.timeline.catalogue import Gap
-from appliance.timeline.when import parse_time, resolve
+from appliance.timeline.when import named, outdone, parse_time, reading, resolve
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -55,7 +55,7 @@ def find(text, points=POINTS, **options):
         ("cccc", "cccc0000"),
         ("bbbb2", "bbbb2222"),
         ("before-upgrade", "aaaa1111"),
-        ("10:00", "dddd0000"),  # a label
+        ("10:00", "aaaa2222"),  # also the label of another point: a time means a time
         # times
         ("2026-11-24T10:15:30.25Z", "bbbb1111"),
         ("2026-11-24T10:15:30.749999Z", "bbbb1111"),
@@ -144,7 +144,39 @@ def test_an_exact_id_wins_over_a_longer_one_and_over_a_label():
     points = [at("2026-11-24T10:00", "abcd"), at("2026-11-24T10:01", "abcd12"), at("2026-11-24T10:02", "ffff", "abcd")]
     assert find("abcd", points) == "abcd"
     assert find("abcd1", points) == "abcd12"
-    assert find("latest", [*points, at("2026-11-20", "eeee", "latest")]) == "eeee"
+
+
+@pytest.mark.parametrize(
+    "text", ["latest", "LATEST ", "10m ago", "1h30m ago", "10:15", "10:15:30.25", "2026-11-24",
+             "2026-11-24T10:15:30Z", "2026-11-24 10:15 Europe/Berlin", "#5", "#81726?", "01a2", "019b5c2d3e4f01234567",
+             "ffffffffffffffffffff"],
+)  # fmt: skip
+def test_a_label_that_means_something_else_never_wins(text):
+    """Promise 1: a revert to the newest point or to a time destroys what came after it, so it must be that."""
+    assert reading(text)
+    labelled = at("2026-11-20", "eeee0000", text.strip())
+    points = [*POINTS, labelled]
+    assert [one.id for one in outdone(points, text)] == ["eeee0000"]
+    if "#" in text:
+        assert not named(points, text)
+        with pytest.raises(NoSuchPoint):
+            find(text, points)
+    elif not text.startswith(("01", "ff")):
+        assert find(text, points) == find(text)
+
+
+@pytest.mark.parametrize("text", ["before-update", "nightly 10:00", "at #5", "5", "2026", "20261124", "cafe", "10m",
+                                  "25:00", "latest-kernel", "v1.2", "deadbeef"])  # fmt: skip
+def test_other_labels_are_free(text):
+    assert reading(text) == ""
+    assert find(text, [*POINTS, at("2026-11-20", "eeee0000", text)]) == "eeee0000"
+
+
+def test_a_label_that_begins_as_the_id_of_another_point_is_ambiguous():
+    """One of before such labels were refused: neither is a guess that a revert may rest on."""
+    points = [at("2026-11-24T10:00", "01a2b3c4"), at("2026-11-24T10:01", "eeee0000", "01a2")]
+    with pytest.raises(AmbiguousPoint, match="eeee0000"):
+        find("01a2", points)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def unprotect_command(context: Context, domain: str, wait: float) -> None:
     PushFailed, NotProtected, Locked, WrongKey, NoSpace, RevertUnderWay,
 )  # fmt: skip
 @domain_argument()
-@click.option("--label", default="", metavar="TEXT", help="A name to find it by.")
+@click.option("--label", default="", metavar="TEXT",
+              help="A name to find it by; `latest`, times, ages, ids and `#5` are none.")  # fmt: skip
 @click.option("--quiesce", type=_QUIESCE, help="As for `protect`, for this point only.")
 @rate_option("Read at most this much a second (50M).")
 @wait_option()
