@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 __all__ = [
     "Branch", "Bucket", "Capture", "CaptureEvent", "CheckSummary", "DaemonEvent", "Diff", "DiffExtent", "DiskBytes",
     "DoctorCheck", "DoctorSummary", "DomainStatus", "Error", "ExitCode", "Export", "Forget", "ForgetSummary", "Gap",
-    "Gc", "ImageBuilt", "ImageDrivers", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved", "ImageTarget",
-    "ImageTemplate", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused", "Point", "PointsSummary", "Problem",
-    "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted", "Span", "Status", "Timeline",
-    "Unprotected", "to_json",
+    "Gc", "ImageBuilt", "ImageDrivers", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved", "ImageRunning",
+    "ImageStarted", "ImageTarget", "ImageTemplate", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused",
+    "Point", "PointsSummary", "Problem", "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted",
+    "Span", "Status", "Timeline", "Unprotected", "to_json",
 ]  # fmt: skip
 
 
@@ -549,6 +549,31 @@ class ImageBuilt(Record):
     modules: tuple[str, ...]
     step_seconds: Mapping[str, float]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStarted(Record):
+    type = "image-started"
+    name: str
+    uuid: str
+    point: str
+    target: str
+    disks: Mapping[str, Path]
+    folder: Path
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRunning(Record):
+    type = "image-running"
+    name: str
+    point: str
+    phase: str
+    done_bytes: int
+    total_bytes: int
+    left: tuple[str, ...]
+    error: str
 
 
 def to_json(record: Record) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Disk", "Domain", "DomainState", "Hypervisor", "Monitor", "QemuProcess", "offline_node"]
+__all__ = ["Disk", "Domain", "DomainState", "Hypervisor", "Monitor", "Pulls", "QemuProcess", "offline_node"]
 
 
 def offline_node(target: str) -> str:
@@ -109,6 +109,10 @@ class Domain(Protocol):
     def tpm_state(self) -> Path | None:
         """The folder of the emulated TPM's state on this host."""
 
+    def managed_save(self) -> bool:
+        """Whether the guest's memory is kept beside its disks and will be gone on from at the next start, so that the
+        disks must not be changed meanwhile."""
+
     def process(self) -> QemuProcess:
         """Raises DomainLost when the domain does not run."""
 
@@ -137,6 +141,29 @@ class Domain(Protocol):
 
     def destroy(self) -> None:
         """Like pulling the plug."""
+
+
+@runtime_checkable
+class Pulls(Protocol):
+    """A domain whose manager can fill an overlay from its backing file while the guest runs, and keeps its definition
+    true to that. All raise HypervisorError, DomainNotFound."""
+
+    def pull(self, target: str, rate: int) -> None:
+        """Begin to fill the disk's top image from what is below it, at `rate` bytes a second (0: as fast as it goes).
+        Returns at once."""
+        ...
+
+    def pulling(self, target: str) -> tuple[int, int] | None:
+        """(done, total) bytes of the disk's job; None when it has none."""
+        ...
+
+    def backed(self, target: str) -> bool:
+        """Whether the disk's top image still has something below it. Of a disk that is not there: False."""
+        ...
+
+    def undefine(self) -> None:
+        """End it if it runs, and have its manager forget it with its UEFI variables; its disks stay."""
+        ...
 
 
 class Hypervisor(Protocol):

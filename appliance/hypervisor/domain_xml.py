@@ -37,6 +37,15 @@ class Definition:
             _disk(one) for one in self._root.iterfind("devices/disk") if one.get("device", "disk") in ("disk", "lun")
         ]
 
+    def backed(self, target: str) -> bool:
+        """Whether this disk's top image is known to have something below it. libvirt ends a chain by an empty
+        element."""
+        for disk in self._root.iterfind("devices/disk"):
+            if (name := disk.find("target")) is not None and name.get("dev") == target:
+                below = disk.find("backingStore")
+                return below is not None and len(below) > 0
+        return False
+
     def nvram(self) -> Path | None:
         """The UEFI variable store's file."""
         found = self._root.find("os/nvram")

@@ -250,6 +250,9 @@ class LibvirtDomain:
             ]
         return next((place for place in places if place is not None and place.is_dir()), None)
 
+    def managed_save(self) -> bool:
+        return bool(self.call(lambda domain: domain.hasManagedSaveImage()))
+
     def process(self) -> QemuProcess:
         version = self.monitor().execute("query-version")["qemu"]
         pid = domain_xml.pid_of(self.name, self.uuid, self.uri)
@@ -286,6 +289,21 @@ class LibvirtDomain:
 
     def thaw(self, timeout: float) -> None:
         self.call(lambda domain: domain.fsThaw())
+
+    def pull(self, target: str, rate: int) -> None:
+        flags = libvirt.VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES
+        self.call(lambda domain: domain.blockPull(target, rate, flags), repeat=False)
+
+    def pulling(self, target: str) -> tuple[int, int] | None:
+        told = self.call(lambda domain: domain.blockJobInfo(target, 0))
+        return (int(told["cur"]), int(told["end"])) if told else None
+
+    def backed(self, target: str) -> bool:
+        return self._definition().backed(target)
+
+    def undefine(self) -> None:
+        self.destroy()
+        self.call(lambda domain: domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM), repeat=False)
 
     def reset(self) -> None:
         self.call(lambda domain: domain.reset(), repeat=False)

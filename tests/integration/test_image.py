@@ -6,12 +6,25 @@ and nothing is written to them before the client's own system runs.
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
 
+from appliance.config import Home
+from appliance.process import lives, run
+from appliance.restore import hydrate
 from tests.guests import clients
-from tests.support.imageproof import boot, compare, expected
+from tests.support import libvirt
+from tests.support.imageproof import boot, compare, expected, watch
 from tests.support.imagery import Imagery
+from tests.support.limits import limit
 from tests.support.targets import TARGETS, Medium
+
+OVMF = Path("/usr/share/OVMF")
 
 
 @pytest.fixture(scope="module", params=["mbr"])
@@ -44,3 +57,51 @@ def proves(imagery, target, instant, folder):
 def test_a_point_boots_on_other_hardware(imagery, name, instant, tmp_path):
     """P6-07 to P6-15, P6-27, I1: exactly one kernel, the client's own; its state is that of the point."""
     proves(imagery, TARGETS[name], instant, tmp_path)
+
+
+_HARDWARE = """<domain type="qemu"><name>rack</name><memory unit="MiB">768</memory><vcpu>2</vcpu>
+<os><type arch="x86_64" machine="q35">hvm</type><loader readonly="yes" type="pflash">{code}</loader>
+<nvram template="{vars}"/></os><features><acpi/></features>
+<cpu mode="custom"><model>qemu64</model></cpu><devices>
+<disk type="file" device="disk"><source file="/nowhere"/><target dev="sda" bus="sata"/></disk>
+<interface type="user"><mac address="52:54:00:7a:33:01"/><model type="e1000e"/></interface>
+<serial type="file"><source path="{folder}/console.log"/><target port="0"/></serial>
+<serial type="file"><source path="{folder}/proof.log"/><target port="1"/></serial>
+</devices></domain>"""
+
+
+@pytest.mark.timeout(240)
+def test_a_point_runs_at_once_as_a_domain_of_libvirt(imagery, tmp_path):
+    """P6-13, P6-14, P6-17, P6-25: BIOS becomes UEFI, virtio becomes SATA; it runs from the repository until its own
+    disk is filled, through the death of the view, and then needs nobody."""
+    where = imagery.images / "new"
+    where.mkdir(mode=0o777)
+    where.chmod(0o777)
+    xml = tmp_path / "rack.xml"
+    xml.write_text(_HARDWARE.format(code=OVMF / "OVMF_CODE_4M.fd", vars=OVMF / "OVMF_VARS_4M.fd", folder=where))
+    imagery.rewind("image", "target", "add", "rack", "--xml", xml)
+    words = ("--at", imagery.points["second"], "--target", "rack", "--name", "twin", "--into", where / "files")
+    try:
+        (started,) = imagery.rewind("image", "start", imagery.name, *words, "--background", "--rate", "20M")
+        assert started["type"] == "image-started"
+        view, _, _ = _state(imagery, "twin")["view"].partition(":")
+        os.kill(int(view), signal.SIGKILL)
+        proof = watch("rack", where, 200)
+        assert proof.kernels == [imagery.client.kernel], proof
+        assert compare(proof, expected(imagery.client, "second", efi=True)) == [], proof
+        deadline = time.monotonic() + limit(100)
+        while (now := imagery.rewind("image", "list")[0])["phase"] != "done":
+            assert time.monotonic() < deadline, now
+            time.sleep(1)
+        assert not lives(_state(imagery, "twin")["view"])
+        (disk,) = started["disks"].values()
+        info = json.loads(run(["qemu-img", "info", "-U", "--output=json", disk]))
+        assert "backing-filename" not in info
+        imagery.rewind("image", "forget", "twin")
+    finally:
+        libvirt.virsh("destroy", "twin", check=False)
+        libvirt.virsh("undefine", "twin", "--nvram", check=False)
+
+
+def _state(imagery, name):
+    return hydrate.state(Home(imagery.home), name)

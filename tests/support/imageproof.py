@@ -22,7 +22,7 @@ from tests.guests.clients import ORIGINS, ClientFiles, Instant
 from tests.support.limits import limit
 from tests.support.targets import Medium, Target
 
-__all__ = ["Proof", "arguments", "boot", "compare", "expected"]
+__all__ = ["Proof", "arguments", "boot", "compare", "expected", "watch"]
 
 MEMORY_MIB = 768
 
@@ -98,6 +98,15 @@ def boot(
         process.wait(30)
     console, said = _text(folder / "console.log"), _text(folder / "qemu.log")
     return Proof(target.name, _document(folder), console, taken, ended, said)
+
+
+def watch(name: str, folder: Path, seconds: float) -> Proof:
+    """The proof of a machine that somebody else runs, whose two ports are files in `folder`."""
+    begun = time.monotonic()
+    while _document(folder) is None and time.monotonic() < begun + limit(seconds):
+        time.sleep(0.2)
+    ended = "no proof in time" if _document(folder) is None else "proof"
+    return Proof(name, _document(folder), _text(folder / "console.log"), time.monotonic() - begun, ended)
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path, deadline: float, until: str) -> str:

@@ -11,12 +11,13 @@ import click
 
 from appliance.cli import records
 from appliance.cli.command import Context, verb
-from appliance.cli.params import complete_when, domain_argument
+from appliance.cli.params import complete_when, domain_argument, rate_option
 from appliance.cli.text import clock, counted
 from appliance.errors import (
     AlreadyExists,
     AmbiguousPoint,
     BadInventory,
+    ConfigError,
     ConnectError,
     DomainNotFound,
     DriversMissing,
@@ -30,13 +31,15 @@ from appliance.errors import (
     NotProtected,
     NotRecoverable,
     NotSigned,
+    NotSupported,
     ToolFailed,
     WrongKey,
 )
-from appliance.units import format_size
+from appliance.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from appliance.service.image.making import Planned
+    from appliance.service.image.starting import Running
     from appliance.service.image.targets import Target
     from images.model import Inventory
 
@@ -356,11 +359,103 @@ def _build(context: Context, domain: str, when: str, target: str, template: str,
     context.output.emit(record, "\n".join(lines))
 
 
+# --- bring up -------------------------------------------------------------------------------------------------------
+
+
+@verb("start", *_POINT, ConnectError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, AlreadyExists,
+      NotSupported, ImageError, NoSpace)  # fmt: skip
+@domain_argument()
+@_WHEN
+@_TARGET
+@_TEMPLATE
+@click.option("--name", required=True, metavar="NEW", help="What the new domain is called.")
+@click.option("--into", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="A new folder for its disks and its boot medium.")  # fmt: skip
+@click.option("--new-macs", is_flag=True, help="Give its network cards new addresses instead of the target's own.")
+@click.option("--background", is_flag=True, help="Return as soon as it runs; its disks are filled all the same.")
+@rate_option("Fill its disks with at most this much a second (50M).")
+def _start(
+    context: Context, domain: str, when: str, target: str, template: str, name: str, folder: Path, new_macs: bool,
+    background: bool, rate: int | None,
+) -> None:  # fmt: skip
+    """Start DOMAIN as of WHEN as a new domain on a target's hardware, at once.
+
+    What it reads comes from the repository until its own disks are filled, which goes on beside it. DOMAIN itself is
+    not touched and need not exist any more. It starts from the medium in DIR.
+    """
+    from appliance.service.image import starting
+
+    with context.session() as session:
+        made = starting.start(
+            session, domain, when, target, name, folder, template=template, rate=rate or 0, new_macs=new_macs
+        )
+        record = records.ImageStarted(
+            made.name, made.uuid, made.point, made.target, made.disks, made.image, made.seconds, made.warnings
+        )
+        lines = [f"warning: {one}" for one in made.warnings]
+        took = format_duration(made.seconds)
+        lines.append(f"{name} runs after {took}; `rewind image list` tells how far its disks are")
+        context.output.emit(record, "\n".join(lines))
+        if not background:
+            with context.output.meter(f"disks of {name}") as meter:
+                _emit_running(context, starting.follow(session, name, meter.update))
+
+
+@verb("list")
+def _list(context: Context) -> None:
+    """List the domains that were brought up, and how far their disks are."""
+    from appliance.service.image import starting
+
+    with context.session() as session:
+        found = starting.listing(session)
+    for one in found:
+        _emit_running(context, one)
+    if not found:
+        context.output.note("no domains were brought up from here; `rewind image start` does it")
+
+
+@verb("resume", ConfigError)
+@click.argument("name")
+def _resume(context: Context, name: str) -> None:
+    """Go on filling the disks of a domain that was brought up, after the host was restarted."""
+    from appliance.service.image import starting
+
+    with context.session() as session:
+        starting.resume(session, name)
+        with context.output.meter(f"disks of {name}") as meter:
+            _emit_running(context, starting.follow(session, name, meter.update))
+
+
+@verb("forget", ConnectError)
+@click.argument("name")
+def _forget(context: Context, name: str) -> None:
+    """Forget a domain that was brought up and needs the repository no more, or is gone. The domain stays as it is."""
+    from appliance.service.image import starting
+
+    with context.session() as session:
+        starting.forget(session, name)
+    context.output.emit(records.ImageRemoved("started", name), f"{name} is forgotten")
+
+
+def _emit_running(context: Context, one: Running) -> None:
+    record = records.ImageRunning(
+        one.name, one.point, one.phase, one.done_bytes, one.total_bytes, one.left, one.error
+    )  # fmt: skip
+    words = {
+        "pulling": f"filling {', '.join(one.left)}: {format_size(one.done_bytes)} of {format_size(one.total_bytes)}",
+        "off": f"off, and still needs the repository for {', '.join(one.left)}",
+        "done": "done: its disks are its own",
+        "stopped": "nobody fills its disks any more: `rewind image resume` goes on",
+    }
+    error = f" ({one.error})" if one.error else ""
+    context.output.emit(record, f"{one.name:20} {words.get(one.phase, one.phase)}{error}")
+
+
 for _group, _verbs in (
     (target_command, (_target_add, _target_list, _target_show, _target_remove, _target_profiles, _target_script)),
     (template_command, (_template_build, _template_list, _template_remove)),
     (drivers_command, (_drivers_add, _drivers_list, _drivers_remove)),
-    (image_command, (_plan, _build)),
+    (image_command, (_plan, _build, _start, _list, _resume, _forget)),
 ):
     for _one in _verbs:
         _group.add_command(_one)

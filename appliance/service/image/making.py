@@ -91,11 +91,12 @@ def plan(
 
 def build(
     session: Session, domain: str, when: str, target: str, media: Sequence[str], folder: Path, template: str = "",
-    keys: Sequence[bytes] = (), options: Options | None = None,
+    keys: Sequence[bytes] = (), options: Options | None = None, inventory: Inventory | None = None,
 ) -> Made:  # fmt: skip
-    """Build these media into `folder`, which must not exist. Raises as `plan` and `images.build.build_image`; nothing
+    """Build these media into `folder`, which must not exist. `inventory` instead of what the target's name stands for.
+    Raises as `plan` and `images.build.build_image`; nothing
     is left then."""
-    with _prepared(session, domain, when, target, template, keys, options) as ready:
+    with _prepared(session, domain, when, target, template, keys, options, inventory) as ready:
         built = build_image(
             ready.planned.plan, ready.guest.tree, ready.template, media=media, folder=folder,
             driver_store=drivers.reader(ready.store, ready.planned.plan.client.release),
@@ -106,9 +107,9 @@ def build(
 @contextmanager
 def _prepared(
     session: Session, domain: str, when: str, target: str, template: str, keys: Sequence[bytes],
-    options: Options | None,
+    options: Options | None, inventory: Inventory | None = None,
 ) -> Iterator[_Ready]:  # fmt: skip
-    inventory = targets.find(session, target).inventory
+    inventory = inventory or targets.find(session, target).inventory
     chosen = templates.opened(session, template)
     with opened(session, domain, when, keys) as (point, guest):
         client, unknown = _with_origin(guest.client, point)

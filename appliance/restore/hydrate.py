@@ -1,0 +1,277 @@
+"""A domain that runs from a view while its local disks fill: started at once, alone in the end.
+
+Its images are overlays whose backing file is the view. What the guest reads comes from there at first touch, what it
+writes stays local, and libvirt's own block-pull moves the rest. A small process beside it outlives whoever began it:
+
+    view      kept at one path (kept.py): a read waits while it is brought back, and does not fail
+    pull      of each disk that still has the view below it; again when one has failed or QEMU was started anew
+    end       when no disk needs the view any more
+
+    HOME/images/NAME/order.json     what it has to do, written once
+    HOME/images/NAME/state.json     {"key": its process, "view": process of the view, "slot", "served", "phase":
+                                     "pulling" | "off" | "done", "done", "total" bytes, "left": targets, "error"}
+
+Its repository session keeps gc away from what the view still has to read, whatever is forgotten meanwhile.
+
+    python -m appliance.restore.hydrate HOME NAME [SETTINGS]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings, write_json
+from appliance.errors import HypervisorError, RestoreError, RewindError
+from appliance.hypervisor import connect
+from appliance.hypervisor.base import DomainState, Hypervisor, Pulls
+from appliance.model import MapRef
+from appliance.process import Child, alone, lives, process_key
+from appliance.restore.kept import KeptView
+
+if TYPE_CHECKING:
+    from appliance.restore.export import ViewServer
+    from appliance.store import Repository, RepositorySpec
+
+__all__ = ["Hydration", "Order", "folder", "launch", "load", "names", "socket_path", "state", "tidy"]
+
+_TICK = 0.5
+_START = 30.0
+_AGAIN = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`exports` are the disks of the point by their own targets, `disks` the targets of the new domain with the export
+    that each begins as. `owner` is QEMU's user and group, None for our own. `rate` in bytes a second, 0 for no limit.
+    `image` is the folder of the bootable image, `point` what it is of."""
+
+    domain: str
+    uuid: str
+    uri: str
+    point: str
+    repository: str
+    exports: Mapping[str, MapRef]
+    disks: Mapping[str, str]
+    owner: tuple[int, int] | None
+    rate: int
+    image: str
+
+    def to_json(self) -> dict[str, Any]:
+        exports = {name: [ref.root.hex(), ref.size, ref.place] for name, ref in self.exports.items()}
+        return {
+            "domain": self.domain, "uuid": self.uuid, "uri": self.uri, "point": self.point,
+            "repository": self.repository, "exports": exports, "disks": dict(self.disks), "owner": self.owner,
+            "rate": self.rate, "image": self.image,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Order:
+        exports = {name: MapRef(bytes.fromhex(one[0]), one[1], one[2]) for name, one in value["exports"].items()}
+        owner = value["owner"]
+        return cls(**{**value, "exports": exports, "owner": None if owner is None else (owner[0], owner[1])})
+
+
+# --- for everybody --------------------------------------------------------------------------------------------------
+
+
+def folder(home: Home, name: str) -> Path:
+    return home.path / "images" / name
+
+
+def socket_path(home: Home, uuid: str) -> Path:
+    """Where QEMU finds the view."""
+    return home.run(uuid) / "image.sock"
+
+
+def names(home: Home) -> list[str]:
+    """Of all domains that were brought up from this home and are not tidied away."""
+    return sorted(path.parent.name for path in (home.path / "images").glob("*/order.json"))
+
+
+def load(home: Home, name: str) -> Order | None:
+    try:
+        return Order.from_json(json.loads((folder(home, name) / "order.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def state(home: Home, name: str) -> dict[str, Any]:
+    """The state file; empty if there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder(home, name) / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
+    """Write the order down and start the process; its view can be read when this returns. May be repeated. Raises
+    RestoreError with the reason when there is no view in time; the process goes on trying then."""
+    where = folder(home, order.domain)
+    where.mkdir(parents=True, exist_ok=True)
+    write_json(where / "order.json", order.to_json())
+    key_fd = json.loads(order.repository).get("key_fd")
+    if not lives(state(home, order.domain).get("key", "")):
+        places = [str(Path(__file__).resolve().parents[2]), *(place for place in sys.path if place)]
+        Child(
+            [sys.executable, "-m", "appliance.restore.hydrate", home.path, order.domain, settings_file],
+            name="hydrate",
+            log=home.log / "hydrate.log",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))},
+            pass_fds=() if key_fd is None else (key_fd,),
+            die_with_parent=False,
+        ).leave()
+    deadline = time.monotonic() + _START
+    while not lives((found := state(home, order.domain)).get("view", "")):
+        if time.monotonic() > deadline:
+            why = found.get("error") or "no answer"
+            raise RestoreError(reason=f"the view of {order.domain!r} does not start: {why}")
+        time.sleep(0.05)
+
+
+def tidy(home: Home, name: str) -> None:
+    """Forget a hydration that is over, or end one whose domain is gone."""
+    import shutil
+
+    from appliance.restore.kept import kill
+
+    found = state(home, name)
+    kill(found.get("key", ""))
+    kill(found.get("view", ""))
+    shutil.rmtree(folder(home, name), ignore_errors=True)
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+class Hydration:
+    """One domain's. `run` is its only thread besides the one that pings the view."""
+
+    def __init__(self, home: Home, name: str, settings: Settings) -> None:
+        order = load(home, name)
+        if order is None:
+            raise RestoreError(reason=f"nothing is known of an image called {name!r}")
+        self._home, self._order, self._settings = home, order, settings
+        self._folder = folder(home, name)
+        self._view = KeptView(name, self._make_view, socket_path(home, order.uuid), settings.view_timeout)
+        self._hypervisor: Hypervisor | None = None
+        self._written: dict[str, Any] = {}
+        self._next_pull: dict[str, float] = {}
+        self._error = ""
+
+    def run(self) -> None:
+        """Until every disk is alone. Returns at once if somebody else does it."""
+        with alone(self._folder / "hydrate.lock") as first:
+            if not first:
+                return
+            before = state(self._home, self._order.domain)
+            self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
+            with self._repository() as repo, repo.session(f"{self._order.domain} runs from {self._order.point}"):
+                while not self._step():
+                    time.sleep(_TICK)
+            self._view.stop()
+            self._note("done", [], *self._totals())
+
+    def _step(self) -> bool:
+        """Whether all is done."""
+        self._view.tend("point")
+        try:
+            self._hypervisor = self._hypervisor or connect(self._order.uri)
+            domain = self._hypervisor.domain(self._order.uuid)
+            assert isinstance(domain, Pulls), "an order is made for a libvirt domain"
+            if domain.state() is DomainState.SHUTOFF:
+                self._note("off", list(self._order.disks), 0, 0)
+                return False
+            left = [target for target in self._order.disks if domain.backed(target)]
+            jobs = [self._pull(domain, target) for target in left]
+        except HypervisorError as error:
+            self._error = str(error)
+            self._note("off", list(self._order.disks), 0, 0)
+            return False
+        self._note("pulling", left, sum(done for done, _ in jobs), sum(total for _, total in jobs))
+        return not left
+
+    def _pull(self, domain: Pulls, target: str) -> tuple[int, int]:
+        """(done, total) bytes of its job, which is started when there is none."""
+        if (job := domain.pulling(target)) is not None:
+            return job
+        if time.monotonic() >= self._next_pull.get(target, 0.0):
+            self._next_pull[target] = time.monotonic() + _AGAIN
+            try:
+                domain.pull(target, self._order.rate)
+                self._error = ""
+            except HypervisorError as error:
+                self._error = str(error)
+                _log.warning("%s: %s cannot be pulled now: %s", self._order.domain, target, error)
+        return 0, 0
+
+    def _repository(self) -> Repository:
+        spec = self._spec()
+        if spec.key_fd is not None:
+            spec = replace(spec, key_fd=os.dup(spec.key_fd))  # it is closed when it has been read
+        return spec.open()
+
+    def _spec(self) -> RepositorySpec:
+        from appliance.store import RepositorySpec
+
+        spec = RepositorySpec.from_json(self._order.repository)
+        if spec.key_fd is not None:
+            os.lseek(spec.key_fd, 0, os.SEEK_SET)  # whoever read it before has read it to its end
+        return spec
+
+    def _totals(self) -> tuple[int, int]:
+        size = sum(ref.size for ref in self._order.exports.values())
+        return size, size
+
+    def _make_view(self, socket: Path) -> ViewServer:
+        from appliance.restore.export import ViewServer
+
+        run = self._home.run(self._order.uuid)
+        run.mkdir(parents=True, exist_ok=True)
+        run.chmod(0o711)
+        return ViewServer(
+            run, self._spec(), self._order.exports, socket=socket, owner=self._order.owner,
+            cache=self._settings.view_cache, log=self._home.log / "view.log", die_with_parent=False,
+        )  # fmt: skip
+
+    def _note(self, phase: str, left: list[str], done: int, total: int) -> None:
+        now = {
+            "key": process_key(os.getpid()), "view": self._view.key, "slot": self._view.slot,
+            "served": self._view.served, "phase": phase, "left": left, "done": done, "total": total,
+            "error": self._view.error or self._error,
+        }  # fmt: skip
+        if now != self._written:
+            temporary = self._folder / ".state.json"
+            temporary.write_text(json.dumps(now))
+            temporary.replace(self._folder / "state.json")
+            self._written = now
+
+
+def main(argv: list[str]) -> int:
+    """The command of the process; its log is its standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s hydrate %(levelname)s %(message)s")
+    home = Home(Path(argv[1]))
+    settings = load_settings(home, Path(argv[3]) if len(argv) > 3 else DEFAULT_SETTINGS)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        Hydration(home, argv[2], settings).run()
+    except RewindError as error:
+        _log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,182 @@
+"""The definition of a domain that has a target's hardware and a point's disks, and starts from a boot medium.
+
+    target's XML ─► name, UUID new; its disks out, ours in; MACs as told; the medium first in the boot order
+
+Everything that two domains on one host cannot share goes: UUID, NVRAM file, and of an existing domain's definition the
+paths of sockets and log files.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.errors import NotSupported
+
+__all__ = ["NewDisk", "for_hardware", "macs", "wanted_disks"]
+
+_OF_A_RUN = ("uuid", "seclabel", "resource", "os/nvram")
+_LINES = ("serial", "console", "parallel", "channel")
+_BUSES = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd"}
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class NewDisk:
+    """`path` is a qcow2 image. With a `socket` it is an overlay of the NBD export `export` there; without, it is
+    whole."""
+
+    path: Path
+    export: str
+    socket: Path | None = None
+
+
+def wanted_disks(xml: str, count: int, name: str) -> list[str]:
+    """Target names for that many disks: those of the definition's own, then more on the last one's bus. Raises
+    NotSupported when it has none or is no definition."""
+    found = [_target(one) for one in _hard_disks(_parse(xml, name))]
+    if not found:
+        raise NotSupported(object=f"target for {name!r}", reason="its definition has no hard disk to take the place of")
+    stem = found[-1].rstrip(_LETTERS[-1:]) if found[-1][-1:] == "z" else found[-1][:-1]
+    free = [f"{stem}{letter}" for letter in _LETTERS if f"{stem}{letter}" not in found]
+    return (found + free)[:count]
+
+
+def macs(xml: str, name: str) -> list[str]:
+    """Of its network cards in order, empty where it has none. Raises NotSupported."""
+    cards = _parse(xml, name).findall("devices/interface")
+    return [_get(card, "mac", "address").lower() for card in cards]
+
+
+def for_hardware(
+    xml: str, name: str, disks: Mapping[str, NewDisk], medium: Path, addresses: Sequence[str], *,
+    of_a_domain: bool = True, reconnect: int = 300,
+) -> str:  # fmt: skip
+    """The definition. `disks` by target name (see `wanted_disks`), `addresses` the MACs of its cards in order. A read
+    of an overlay's view waits for `reconnect` seconds when nobody answers, then fails. `of_a_domain`: another domain
+    has this definition, so what two cannot share is left to libvirt.
+
+    Raises NotSupported when `xml` is no definition of a domain.
+    """
+    root = _parse(xml, name)
+    root.attrib.pop("id", None)
+    for path in _OF_A_RUN:
+        parent, _, tag = path.rpartition("/")
+        for holder in [root.find(parent)] if parent else [root]:
+            for element in list(holder.findall(tag)) if holder is not None else []:
+                assert holder is not None
+                holder.remove(element)
+    _set(root, "name", name)
+    _replace_disks(root, disks, reconnect)
+    for card, address in zip(root.findall("devices/interface"), addresses, strict=False):
+        _child(card, "mac").set("address", address)
+        _drop(card, "target", "alias")
+    if of_a_domain:
+        _drop_host_paths(root)
+    _boot_from(root, medium)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _parse(xml: str, name: str) -> ET.Element:
+    try:
+        root = ET.fromstring(xml)
+    except ET.ParseError:
+        root = ET.Element("none")
+    if root.tag != "domain" or root.find("devices") is None:
+        hint = "add the target by --domain or --xml"
+        raise NotSupported(object=f"new domain {name!r}", reason="its target has no libvirt definition", hint=hint)
+    return root
+
+
+def _hard_disks(root: ET.Element) -> list[ET.Element]:
+    return [one for one in root.findall("devices/disk") if one.get("device", "disk") in ("disk", "lun")]
+
+
+def _target(disk: ET.Element) -> str:
+    return _get(disk, "target", "dev")
+
+
+def _replace_disks(root: ET.Element, disks: Mapping[str, NewDisk], reconnect: int) -> None:
+    """Each on the bus and address of the disk whose name it has; the others go."""
+    devices = root.find("devices")
+    assert devices is not None
+    old = {_target(one): one for one in _hard_disks(root)}
+    last = next(reversed(old.values()))
+    for one in old.values():
+        devices.remove(one)
+    for target, new in disks.items():
+        like = old.get(target)
+        element = ET.SubElement(devices, "disk", type="file", device="disk")
+        ET.SubElement(element, "driver", name="qemu", type="qcow2", discard="unmap")
+        ET.SubElement(element, "source", file=str(new.path))
+        if new.socket is not None:
+            _backing(element, new, reconnect)
+        ET.SubElement(element, "target", dev=target, bus=_get(last if like is None else like, "target", "bus"))
+        address = like.find("address") if like is not None else None
+        if address is not None:
+            element.append(address)
+
+
+def _backing(disk: ET.Element, new: NewDisk, reconnect: int) -> None:
+    backing = ET.SubElement(disk, "backingStore", type="network")
+    ET.SubElement(backing, "format", type="raw")
+    source = ET.SubElement(backing, "source", protocol="nbd", name=new.export)
+    ET.SubElement(source, "host", transport="unix", socket=str(new.socket))
+    ET.SubElement(source, "reconnect", delay=str(reconnect))
+    ET.SubElement(backing, "backingStore")
+
+
+def _drop_host_paths(root: ET.Element) -> None:
+    """libvirt makes its own where none are named."""
+    for element in root.findall("devices/*"):
+        _drop(element, "log")
+        if element.tag in _LINES and element.get("type") in ("unix", "file", "pipe", "dev"):
+            element.set("type", "pty" if element.tag != "channel" else "unix")
+            _drop(element, "source")
+
+
+def _boot_from(root: ET.Element, medium: Path) -> None:
+    """A CD with the medium before everything else."""
+    system = root.find("os")
+    devices = root.find("devices")
+    assert devices is not None
+    if system is not None:
+        _drop(system, "boot", "kernel", "initrd", "cmdline", "bootmenu")
+    for element in root.findall("devices/*"):
+        _drop(element, "boot")
+    q35 = system is not None and "q35" in _get(system, "type", "machine")
+    bus = "sata" if q35 else "ide"
+    used = {_target(one) for one in root.findall("devices/disk")}
+    name = next(f"{_BUSES[bus]}{letter}" for letter in reversed(_LETTERS) if f"{_BUSES[bus]}{letter}" not in used)
+    if bus == "ide":  # four places, all with a letter of their own
+        name = next(f"hd{letter}" for letter in "cdba" if f"hd{letter}" not in used)
+    element = ET.SubElement(devices, "disk", type="file", device="cdrom")
+    ET.SubElement(element, "driver", name="qemu", type="raw")
+    ET.SubElement(element, "source", file=str(medium))
+    ET.SubElement(element, "target", dev=name, bus=bus)
+    ET.SubElement(element, "readonly")
+    ET.SubElement(element, "boot", order="1")
+    if disks := _hard_disks(root):
+        ET.SubElement(disks[0], "boot", order="2")
+
+
+def _get(element: ET.Element, path: str, name: str) -> str:
+    found = element.find(path)
+    return found.get(name, "") if found is not None else ""
+
+
+def _child(element: ET.Element, tag: str) -> ET.Element:
+    found = element.find(tag)
+    return ET.SubElement(element, tag) if found is None else found
+
+
+def _set(root: ET.Element, tag: str, text: str) -> None:
+    _child(root, tag).text = text
+
+
+def _drop(element: ET.Element, *tags: str) -> None:
+    for tag in tags:
+        for child in element.findall(tag):
+            element.remove(child)

@@ -1,0 +1,232 @@
+"""Bring a point up on a target as a domain of libvirt: started at once, its disks filled while it runs.
+
+    plan, build ─► overlays of the view ─► define ─► start ─► the hydration goes on by itself (restore/hydrate.py)
+
+Nothing of the point's own domain is touched, which need not exist any more. A step that fails takes back what the ones
+before have made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from appliance.errors import AlreadyExists, ConfigError, DomainNotFound, NotSupported
+from appliance.hypervisor.base import Pulls
+from appliance.hypervisor.qemu_user import qemu_user
+from appliance.model import DiskPoint, Point
+from appliance.process import lives, run
+from appliance.restore import hydrate
+from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
+from appliance.service.elsewhere import choose
+from appliance.service.history import resolve
+from appliance.service.image import making, targets
+from appliance.service.session import Progress, Session, silent
+from images.model import Inventory
+
+if TYPE_CHECKING:
+    from appliance.hypervisor.base import Domain
+
+__all__ = ["Running", "Started", "follow", "forget", "listing", "resume", "start"]
+
+_MEDIUM = "iso"
+_LOOK = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A domain that runs. `image` is the folder with its boot medium, `seconds` until it was started."""
+
+    name: str
+    uuid: str
+    point: str
+    target: str
+    disks: dict[str, Path]
+    image: Path
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How far a domain is that was brought up: `phase` is `pulling`, `off` (it does not run), `done`, or `stopped` when
+    the process that fills its disks has died; `left` are the disks that still need the repository."""
+
+    name: str
+    point: str
+    phase: str
+    done_bytes: int
+    total_bytes: int
+    left: tuple[str, ...]
+    error: str
+
+
+def start(
+    session: Session, domain: str, when: str, target: str, name: str, folder: Path, *, template: str = "",
+    keys: Sequence[bytes] = (), rate: int = 0, new_macs: bool = False,
+) -> Started:  # fmt: skip
+    """Bring DOMAIN's point up as the new domain `name` with the target's hardware; its files are in `folder`.
+
+    Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing
+    and what `making.build` raises: nothing is left then.
+    """
+    began = time.monotonic()
+    found = targets.find(session, target)
+    point = resolve(session, domain, when)
+    hypervisor = session.hypervisor()
+    if name in hypervisor.domains():
+        raise AlreadyExists(url=session.uri, name=f"domain {name}", hint="choose another --name")
+    if hydrate.load(session.home, name) is not None:
+        raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
+    disks = choose(point, ())
+    places = wanted_disks(found.definition, len(disks), name)
+    addresses = _addresses(found.definition, name, new_macs)
+    inventory = _with_macs(found.inventory, addresses)
+    folder = Path(os.path.abspath(folder))
+    with ExitStack() as undo:
+        made = making.build(
+            session, domain, point.id, target, [_MEDIUM], folder, template, keys, inventory=inventory
+        )  # fmt: skip
+        undo.callback(_remove, folder)
+        medium = made.built.files[_MEDIUM]
+        new = _define(session, undo, point, disks, places, name, folder, medium, found, addresses, rate)
+        new.start()
+        undo.pop_all()
+    return Started(
+        name, new.uuid, point.id, target, {place: folder / f"{name}-{place}.qcow2" for place in places}, folder,
+        time.monotonic() - began, made.planned.plan.warnings,
+    )  # fmt: skip
+
+
+def _define(
+    session: Session, undo: ExitStack, point: Point, disks: Sequence[DiskPoint], places: Sequence[str], name: str,
+    folder: Path, medium: Path, target: targets.Target, addresses: Sequence[str], rate: int,
+) -> Domain:  # fmt: skip
+    """The domain, shut off, over a view that answers."""
+    uid, gid = qemu_user(session.uri)
+    identity = _identity(session, point, name)
+    socket = hydrate.socket_path(session.home, identity)
+    new_disks = {}
+    for place, one in zip(places, disks, strict=True):
+        path = folder / f"{name}-{place}.qcow2"
+        new_disks[place] = NewDisk(path, one.disk, socket)
+    order = hydrate.Order(
+        name, identity, session.uri, point.id, session.spec.to_json(), {one.disk: one.map for one in disks},
+        {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder),
+    )  # fmt: skip
+    undo.callback(hydrate.tidy, session.home, name)
+    hydrate.launch(session.home, order, session.settings_file)
+    for place, one in zip(places, disks, strict=True):
+        _overlay(new_disks[place], one, (uid, gid))
+    shared = target.inventory.source == "libvirt"
+    xml = for_hardware(target.definition, name, new_disks, medium, addresses, of_a_domain=shared)
+    new = session.hypervisor().define(_with_uuid(xml, identity))
+    if not isinstance(new, Pulls):
+        raise NotSupported(object=f"new domain {name!r}", reason="only libvirt can fill its disks while it runs")
+    undo.callback(new.undefine)
+    return new
+
+
+def follow(session: Session, name: str, progress: Progress = silent) -> Running:
+    """Until its disks are its own, or its process has ended. Raises ConfigError for a name that nobody brought up."""
+    while True:
+        found = _running(session, name)
+        progress(found.done_bytes, found.total_bytes, f"disks of {name}")
+        if found.phase in ("done", "stopped"):
+            return found
+        time.sleep(_LOOK)
+
+
+def listing(session: Session) -> list[Running]:
+    """All that were brought up from this home and not forgotten."""
+    return [_running(session, name) for name in hydrate.names(session.home)]
+
+
+def resume(session: Session, name: str) -> None:
+    """Have its disks filled again, after this host was restarted or the process that did it died. Raises ConfigError
+    for a name that nobody brought up, RestoreError as `hydrate.launch`."""
+    order = hydrate.load(session.home, name)
+    if order is not None and _running(session, name).phase == "stopped":
+        hydrate.launch(session.home, order, session.settings_file)
+
+
+def forget(session: Session, name: str) -> None:
+    """End what is kept for a domain that was brought up: of one that is done, or gone. Raises ConfigError for a name
+    that nobody brought up, and for a domain that still needs the repository."""
+    found = _running(session, name)
+    order = hydrate.load(session.home, name)
+    assert order is not None, "it was just read"
+    try:
+        session.hypervisor(order.uri).domain(order.uuid)
+        there = True
+    except DomainNotFound:
+        there = False
+    if there and found.phase != "done":
+        reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
+        raise ConfigError(reason=reason, hint=f"wait until `rewind image list` says done, or `virsh undefine {name}`")
+    hydrate.tidy(session.home, name)
+
+
+def _running(session: Session, name: str) -> Running:
+    order, state = hydrate.load(session.home, name), hydrate.state(session.home, name)
+    if order is None:
+        raise ConfigError(reason=f"no domain {name!r} was brought up from here", hint="`rewind image list` lists them")
+    phase = str(state.get("phase", "stopped"))
+    if phase != "done" and not lives(state.get("key", "")):
+        phase = "stopped"
+    return Running(
+        name, order.point, phase, int(state.get("done", 0)), int(state.get("total", 0)), tuple(state.get("left", ())),
+        str(state.get("error", "")),
+    )  # fmt: skip
+
+
+def _addresses(definition: str, name: str, new: bool) -> list[str]:
+    """The target's own MACs; a steady one of ours where it has none, or where new ones are wanted."""
+    return [
+        _mac(f"{name} {number}") if new or not found else found for number, found in enumerate(macs(definition, name))
+    ]
+
+
+def _mac(text: str) -> str:
+    digits = hashlib.sha256(text.encode()).hexdigest()
+    return f"52:54:00:{digits[:2]}:{digits[2:4]}:{digits[4:6]}"
+
+
+def _with_macs(inventory: Inventory, addresses: Sequence[str]) -> Inventory:
+    """In the order of the definition, which is that of the inventory."""
+    cards = [
+        nic.model_copy(update={"mac": address}) for nic, address in zip(inventory.nics, addresses, strict=False)
+    ]
+    return inventory.model_copy(update={"nics": tuple(cards) + inventory.nics[len(cards) :]})
+
+
+def _identity(session: Session, point: Point, name: str) -> str:
+    return str(uuid.uuid5(uuid.UUID(point.domain_uuid), f"{session.home.path} {point.id} {name}"))
+
+
+def _with_uuid(xml: str, identity: str) -> str:
+    return xml.replace("<name>", f"<uuid>{identity}</uuid><name>", 1)
+
+
+def _overlay(disk: NewDisk, stored: DiskPoint, owner: tuple[int, int]) -> None:
+    backing: dict[str, Any] = {"driver": "raw", "file": {
+        "driver": "nbd", "server.type": "unix", "server.path": str(disk.socket), "export": disk.export,
+    }}  # fmt: skip
+    run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1,lazy_refcounts=on", "-u", "-b",
+         "json:" + json.dumps(backing), "-F", "raw", disk.path, str(stored.size)]
+    )  # fmt: skip
+    os.chown(disk.path, *owner)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
