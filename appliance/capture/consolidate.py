@@ -48,12 +48,15 @@ def consolidate(
     label: str = "",
     reason: str = REASON,
     progress: Progress = lambda _done, _disk: None,
+    commit: bool = True,
 ) -> Point:
     """The domain as it was when record `upto` of the journal had been written, as a point that exists.
 
     `base` says where in the journal it stands, and on which timeline the new point belongs; a point that a branch
     began with is given with the place and timeline of the branch. `time` is when it was (None: what the record says).
-    When nothing was recorded in between and no label is wanted, the base comes back.
+    When nothing was recorded in between and no label is wanted, the base comes back. Without `commit` the point can be
+    read and compared but does not exist: the caller keeps gc away meanwhile (`Repository.session`), which collects what
+    is left of it.
 
     Whether the journal was told of every write in between cannot be seen here: ask `timeline.instant`. Raises
     SequenceMissing for records that are not held, InGap when the journal lost one or disks came, went or changed their
@@ -72,7 +75,9 @@ def consolidate(
     with suppress(NoSuchPoint):
         return repo.point(wanted)
     _check(base, journal, start, upto)
-    return _Making(repo, base, journal, start, upto, progress).point(wanted, instant, label, reason)
+    making = _Making(repo, base, journal, start, upto, progress)
+    made = making.point(wanted, instant, label, reason)
+    return making.committed(made) if commit else made
 
 
 def point_id(journal: str, sequence: int, label: str, time: datetime) -> str:
@@ -130,7 +135,7 @@ class _Making:
         cost = PointStats(
             stored_bytes=stats.stored_bytes, new_chunks=stats.new_chunks, seconds=clock.monotonic() - self._begun
         )
-        point = replace(
+        return replace(
             self._base,
             id=wanted,
             time=instant,
@@ -143,11 +148,13 @@ class _Making:
             notes=self._notes(),
             sequence=self._upto,
         )
+
+    def committed(self, point: Point) -> Point:
         try:
             self._repo.commit(point)
         except AlreadyExists:
             # Somebody made it at the same moment: the same state, which only cost something else.
-            return self._repo.point(wanted)
+            return self._repo.point(point.id)
         return point
 
     def maps(self, writer: ChunkWriter) -> dict[str, MapRef]:

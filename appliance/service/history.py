@@ -74,20 +74,24 @@ def history(session: Session, name: str, now: datetime | None = None, measure: b
     return History(domain, uuid, found, missing(found, every, spans, continuous, now or datetime.now(UTC)))
 
 
-def resolve(session: Session, name: str, when: str, now: datetime | None = None, *, taken: bool = False) -> Point:
+def resolve(
+    session: Session, name: str, when: str, now: datetime | None = None, *, taken: bool = False, passing: bool = False
+) -> Point:  # fmt: skip
     """The point that `when` names, complete, also where only continuous capture has it and it is to be made (`taken`:
-    only one that is there). Raises NoSuchPoint, AmbiguousPoint, InGap, and what `service.instant` raises."""
+    only one that is there; `passing`: for this session only, no point is left behind). Raises NoSuchPoint,
+    AmbiguousPoint, InGap, and what `service.instant` raises."""
     from appliance.service import instant
 
-    return instant.resolve(session, name, when, now, taken=taken)
+    return instant.resolve(session, name, when, now, taken=taken, passing=passing)
 
 
 def diff(
     session: Session, name: str, older: str, newer: str, disk: str | None = None, unit: int = CHUNK
 ) -> tuple[Point, Point, list[Difference]]:
     """Both points and the differing extents of each disk: whole chunks, or exact to `unit` bytes
-    (4096 reads both sides of every differing chunk). Raises DiskNotFound."""
-    a, b = resolve(session, name, older), resolve(session, name, newer)
+    (4096 reads both sides of every differing chunk). To be read before the session is closed; no point is made of an
+    instant that only continuous capture has. Raises DiskNotFound."""
+    a, b = resolve(session, name, older, passing=True), resolve(session, name, newer, passing=True)
     before, after = _disks(a), _disks(b)
     if disk is not None and disk not in before | after:
         raise DiskNotFound(domain=name, disk=disk, disks=", ".join(sorted(before | after)))

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from appliance.model import Point
     from appliance.service.history import History
     from appliance.service.session import Session
-    from appliance.store import Repository
 
 __all__ = ["last_before", "materialise", "resolve"]
 
@@ -31,9 +30,12 @@ _CONFIRMED_WITHIN: Final = 3.0
 _LOOK_AGAIN: Final = 0.2
 
 
-def resolve(session: Session, name: str, text: str, now: datetime | None = None, *, taken: bool = False) -> Point:
+def resolve(
+    session: Session, name: str, text: str, now: datetime | None = None, *, taken: bool = False, passing: bool = False
+) -> Point:  # fmt: skip
     """The point that `text` names, complete; one that continuous capture covers is made when it is not there, unless
-    only what was `taken` is meant.
+    only what was `taken` is meant. With `passing` one that was made does not exist for anybody else: it can be read
+    until the session is closed, and leaves nothing but what gc collects.
 
     Raises NoSuchPoint, AmbiguousPoint, InGap, SequenceMissing when the journal is gone where it is needed, and what
     consolidating raises.
@@ -41,31 +43,33 @@ def resolve(session: Session, name: str, text: str, now: datetime | None = None,
     from appliance.service.history import history
 
     known = history(session, name, now, measure=False)
-    asked = _Asked(session, known, text, now or datetime.now(UTC))
+    asked = _Asked(session, known, text, now or datetime.now(UTC), passing)
     return asked.as_ever() if taken else asked.point()
 
 
 def materialise(
-    session: Session, uuid: str, start: instant.Start, sequence: int, reason: str = instant.MADE
+    session: Session, uuid: str, start: instant.Start, sequence: int, reason: str = instant.MADE, passing: bool = False
 ) -> Point:  # fmt: skip
-    """The point at that number, which `start` leads to. Raises as `resolve`."""
-    repository = session.repository
+    """The point at that number, which `start` leads to. `passing` and errors as for `resolve`."""
     return _with_journal(
-        session, uuid, start, sequence, lambda journal: _consolidated(repository, start, journal, sequence, reason)
-    )
+        session, uuid, start, sequence,
+        lambda journal: _consolidated(session, start, journal, sequence, reason, passing),
+    )  # fmt: skip
 
 
-def last_before(session: Session, uuid: str, window: instant.Window, time: datetime) -> Point:
-    """The point of the last write in the window before anything later than that time. Raises as `resolve`."""
+def last_before(
+    session: Session, uuid: str, window: instant.Window, time: datetime, passing: bool = False
+) -> Point:  # fmt: skip
+    """The point of the last write in the window before anything later than that time. As `materialise`."""
     wall_ns = int(time.timestamp()) * 10**9 + time.microsecond * 1000
-    start, repository = window.start, session.repository
+    start = window.start
 
     def work(journal: Journal, upto: int = window.upto) -> Point:
         found = journal.at(wall_ns, start.sequence, upto)
         if found == upto < window.upto:
             # What is missing may have been recorded before that time, or after it.
             raise SequenceMissing(path=journal.spool, sequence=upto + 1, reason="it is not there")
-        return _consolidated(repository, start, journal, found)
+        return _consolidated(session, start, journal, found, instant.MADE, passing)
 
     try:
         return _with_journal(session, uuid, start, window.upto, work)
@@ -78,15 +82,18 @@ def last_before(session: Session, uuid: str, window: instant.Window, time: datet
 
 
 def _consolidated(
-    repository: Repository, start: instant.Start, journal: Journal, sequence: int, reason: str = instant.MADE
+    session: Session, start: instant.Start, journal: Journal, sequence: int, reason: str, passing: bool
 ) -> Point:
     from appliance.capture.consolidate import consolidate
 
+    if passing:
+        session.keep_from_gc()  # before anything is written that no point will refer to
+    repository = session.repository
     base = repository.point(start.point)
     if sequence > start.sequence:
         base = _grown(base, journal, start.sequence + 1)
     base = replace(base, journal=start.journal, sequence=start.sequence, timeline=start.timeline)
-    return consolidate(repository, base, journal, sequence, reason=reason)
+    return consolidate(repository, base, journal, sequence, reason=reason, commit=not passing)
 
 
 def _grown(base: Point, journal: Journal, first: int) -> Point:
@@ -101,8 +108,9 @@ def _grown(base: Point, journal: Journal, first: int) -> Point:
 class _Asked:
     """One question: the points of the domain, its ledger, and what was typed."""
 
-    def __init__(self, session: Session, known: History, text: str, now: datetime) -> None:
+    def __init__(self, session: Session, known: History, text: str, now: datetime, passing: bool = False) -> None:
         self._session = session
+        self._passing = passing
         self._known = known
         self._text = text
         self._now = now
@@ -146,7 +154,7 @@ class _Asked:
         if start is None:
             return self._at_number(number)
         self._session.say(f"write {number} came after the capture was last seen to be whole: a disk may lack writes")
-        return materialise(self._session, self._known.uuid, start, number, instant.UNSEEN)
+        return materialise(self._session, self._known.uuid, start, number, instant.UNSEEN, self._passing)
 
     def _unseen(self, spans: Sequence[CapturedSpan], number: int) -> instant.Start | None:
         return instant.unseen(self._known.points, spans, self._ledger.branches(), number)
@@ -210,7 +218,7 @@ class _Asked:
 
     def _last_before(self, window: instant.Window, time: datetime) -> Point:
         try:
-            return last_before(self._session, self._known.uuid, window, time)
+            return last_before(self._session, self._known.uuid, window, time, self._passing)
         except SequenceMissing:
             # Every write is kept for so long; of what is older there are points, and the newest before it is meant.
             if (self._now - time).total_seconds() <= self._session.settings.journal_keep:
@@ -220,7 +228,7 @@ class _Asked:
     def _made(self, start: instant.Start, number: int) -> Point:
         if start.sequence == number:
             return self._session.repository.point(start.point)
-        return materialise(self._session, self._known.uuid, start, number)
+        return materialise(self._session, self._known.uuid, start, number, passing=self._passing)
 
 
 def _with_journal(

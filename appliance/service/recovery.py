@@ -76,10 +76,19 @@ def _who_ends_it(session: Session, uuid: str, domain: str, held: bool) -> str:
 
 
 def plan(
-    session: Session, name: str, when: str, disks: Sequence[str] = (), *, instant: bool = False, rate: int = 0
+    session: Session,
+    name: str,
+    when: str,
+    disks: Sequence[str] = (),
+    *,
+    instant: bool = False,
+    rate: int = 0,
+    passing: bool = True,
 ) -> Plan:
-    """What a revert would do; nothing is changed. Raises what finding point and disks raises, and RevertUnderWay."""
-    point = _target(session, name, when, disks)
+    """What a revert would do; nothing is changed. Where only continuous capture has the instant no point is made of it,
+    unless `passing` is False: then the revert that is to follow finds it. Raises what finding point and disks raises,
+    and RevertUnderWay."""
+    point = _target(session, name, when, disks, passing=passing)
     return _reverter(session, uuid=point.domain_uuid).plan(point, disks, instant=instant, rate=rate)
 
 
@@ -204,12 +213,12 @@ def _fate(session: Session, uuid: str, before: intent.Intent | None) -> str:
     return f"the revert of {now.domain} is half-way, and `rewind resume {now.domain}` ends it"
 
 
-def _target(session: Session, name: str, when: str, disks: Sequence[str]) -> Point:
+def _target(session: Session, name: str, when: str, disks: Sequence[str], passing: bool = False) -> Point:
     """The point, with the disks that were named. Raises before the hypervisor is asked."""
     uuid, domain = uuid_of(session, name)
     protection.require(session.home, uuid, domain)
     refuse_if_under_way(session, uuid, domain)
-    point = resolve(session, uuid, when)
+    point = resolve(session, uuid, when, passing=passing)
     choose(point, disks)
     return point
 

@@ -68,6 +68,7 @@ class Session:
             self.key = key
         self._stack = ExitStack()
         self._hypervisors: dict[str, Hypervisor] = {}
+        self._kept = False
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +136,12 @@ class Session:
         catalogue = Catalogue(self.home.cache / "catalogue.sqlite", self.repository)
         self._stack.callback(catalogue.close)
         return catalogue
+
+    def keep_from_gc(self) -> None:
+        """Nothing is collected until this session is closed: for who reads what no point refers to. Raises Locked."""
+        if not self._kept:
+            self._stack.enter_context(self.repository.session("a look"))
+            self._kept = True
 
     @property
     def uri(self) -> str:

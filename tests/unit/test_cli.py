@@ -843,6 +843,20 @@ def test_timeline_for_a_person(web):
     assert web("timeline", "web") == 0
 
 
+def test_a_look_at_a_write_leaves_no_point(web, cut):
+    """P5-21, P5-22: what only tells what would be done does nothing, nor does a revert that is not agreed to."""
+    put_capture(web.home)
+    cut()
+    for code, *words in (
+        (0, "revert", "web", "--to", "#205", "--dry-run"), (0, "diff", "web", "#205", "latest"),
+        (56, "revert", "web", "--to", "#205"),
+    ):  # fmt: skip
+        assert web(*words) == code, web.err
+        assert web.json("points", "web")[-1]["points"] == 4
+    assert web("revert", "web", "--to", "#205", "--yes") == 130
+    assert web.json("points", "web")[-1]["points"] == 5
+
+
 def test_timeline_where_the_output_is_ascii(web):
     done = subprocess.run(
         [sys.executable, "-m", "appliance.cli", "--home", web.home, "timeline", "web", "--since", "2026-03-01"],

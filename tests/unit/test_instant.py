@@ -14,7 +14,7 @@ from appliance.capture.ship import Shipper
 from appliance.config import Home
 from appliance.errors import InGap, NoSuchPoint, SequenceMissing
 from appliance.model import DiskPoint, MapRef, Point
-from appliance.service import Session, setup
+from appliance.service import Session, setup, upkeep
 from appliance.service.history import diff, resolve
 from appliance.timeline.ledger import Ledger
 from appliance.units import CHUNK
@@ -107,6 +107,23 @@ def test_a_number_is_made_once_and_found_again(captured):
     # The next one is counted from the nearest.
     assert captured.asked("#8").parent == first.id
     assert len(captured.session.repository.points()) == 4
+
+
+@pytest.mark.parametrize("text", ["#7", "2026-09-21T10:00:07.5Z", "#12?"])
+def test_who_only_looks_leaves_no_point_behind(captured, text):
+    """P5-21, P5-22: a dry run and a diff change nothing; what they saw is what a revert would find, by the same id."""
+    captured.write(10)
+    captured.confirm()
+    captured.write(5)
+    now, session = TEN + timedelta(hours=1), captured.session
+    seen = resolve(session, "web", text, now, passing=True)
+    captured.holds(seen, range(1, seen.sequence + 1))
+    diff(session, "web", "#3", "#9")
+    assert [one.id for one in session.repository.points()] == ["10"]
+    assert upkeep.gc(session).waiting
+    captured.holds(seen, range(1, seen.sequence + 1))
+    made = captured.asked(text, now)
+    assert (made.id, made.disks[0].map.root) == (seen.id, seen.disks[0].map.root)
 
 
 def test_a_time_is_the_last_write_before_it(captured):

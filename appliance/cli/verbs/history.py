@@ -90,7 +90,8 @@ def diff_command(
 ) -> None:
     """Tell in which bytes two instants of DOMAIN differ.
 
-    Equal parts of the two are skipped unread, so this takes time by what differs, not by the disk's size.
+    Equal parts of the two are skipped unread, so this takes time by what differs, not by the disk's size. No point is
+    made of an instant that only continuous capture has: the id that is shown is the one that a revert to it would make.
     """
     from appliance.service.history import diff
 

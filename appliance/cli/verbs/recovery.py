@@ -51,7 +51,9 @@ _MANY = (
 _RATE = rate_option("Write at most this much a second (50M).")
 _YES = click.option("--yes", "-y", is_flag=True, help="Do it without asking.")
 _DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Only tell what would be done: bytes, extents, expected time, files touched."
+    "--dry-run",
+    is_flag=True,
+    help="Only tell what would be done: bytes, extents, expected time, files touched. No point is made.",
 )
 _INSTANT = click.option(
     "--instant", is_flag=True, help="Let the guest run at once; blocks it has not touched follow behind."
@@ -92,7 +94,9 @@ def revert_command(
     action = f"revert of {domain} to {when}"
     with context.session() as session:
         with _untouched():
-            planned = recovery.plan(session, domain, when, disks, instant=instant, rate=rate or 0)
+            # Who says no, too, leaves no point behind; with --yes the revert follows and finds what was made.
+            passing = dry_run or not yes
+            planned = recovery.plan(session, domain, when, disks, instant=instant, rate=rate or 0, passing=passing)
             _show_plan(context, planned, always=dry_run)
             if dry_run:
                 return
