@@ -35,7 +35,7 @@ from typing import Any
 from appliance.errors import GuestUnreadable, ToolFailed
 from appliance.process import Child
 
-__all__ = ["Cage", "Limits", "Seccomp", "enter", "start"]
+__all__ = ["Cage", "Limits", "Seccomp", "enter", "start", "user"]
 
 _NOBODY = 65534
 _CLONE = {"NS": 0x20000, "CGROUP": 0x2000000, "UTS": 0x4000000, "IPC": 0x8000000, "USER": 0x10000000,
@@ -87,7 +87,7 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Cage:
     """`see` maps paths inside to what is there of the host, read-only: folders, files, sockets and devices. `links` are
-    symbolic links to make. `scratch`: a folder /tmp in memory of so many bytes, 0: none; with it comes a /proc."""
+    symbolic links to make. `scratch`: a folder /tmp in memory of so many bytes, 0: none."""
 
     limits: Limits = field(default_factory=Limits)
     seccomp: Seccomp = Seccomp.READER
@@ -99,7 +99,14 @@ class Cage:
 # --- the parent's part ----------------------------------------------------------------------------------------------
 
 
-def start(program: Sequence[str], *, name: str, log: Path | None = None) -> tuple[Child, socket.socket]:
+def user() -> tuple[int, int]:
+    """(uid, gid) that a process inside has outside: nobody's, or ours when we are not root."""
+    return os.getuid() or _NOBODY, os.getgid() or _NOBODY
+
+
+def start(
+    program: Sequence[str], *, name: str, log: Path | None = None, pass_fds: Sequence[int] = ()
+) -> tuple[Child, socket.socket]:
     """Start a program that calls `enter` with the descriptor that is its last argument; it is inside when this
     returns. It gets nothing of our environment. It ends when the socket is closed, and dies with us.
 
@@ -109,8 +116,9 @@ def start(program: Sequence[str], *, name: str, log: Path | None = None) -> tupl
     try:
         environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         child = Child(
-            [*program, str(theirs.fileno())], name=name, log=log, env=environment, pass_fds=[theirs.fileno()]
-        )
+            [*program, str(theirs.fileno())], name=name, log=log, env=environment,
+            pass_fds=[theirs.fileno(), *pass_fds],
+        )  # fmt: skip
     except BaseException:
         ours.close()
         raise
@@ -132,9 +140,9 @@ def start(program: Sequence[str], *, name: str, log: Path | None = None) -> tupl
 def _let_in(child: Child, ours: socket.socket) -> None:
     """It has left our namespaces (U), gets its user (M), and tells when all walls stand (I)."""
     _expect(ours, b"U")
-    user, group = (os.getuid() or _NOBODY), (os.getgid() or _NOBODY)
+    uid, group = user()
     Path(f"/proc/{child.pid}/setgroups").write_text("deny")
-    Path(f"/proc/{child.pid}/uid_map").write_text(f"{user} {user} 1")
+    Path(f"/proc/{child.pid}/uid_map").write_text(f"{uid} {uid} 1")
     Path(f"/proc/{child.pid}/gid_map").write_text(f"{group} {group} 1")
     ours.sendall(b"M")
     _expect(ours, b"I")
@@ -155,7 +163,7 @@ def enter(ours: socket.socket, cage: Cage) -> None:
     """Go in, in a fork of this process. Import everything before: there are no files inside. This process has one
     thread, and waits outside for the end of the fork. Raises OSError where a wall cannot be built."""
     seccomp_library = _import_seccomp() if cage.seccomp is not Seccomp.NONE else None
-    user, group = (os.getuid() or _NOBODY), (os.getgid() or _NOBODY)
+    uid, group = user()
     if os.getuid() == 0:
         os.setgroups([])
     _call("unshare", sum(_CLONE.values()))
@@ -165,7 +173,7 @@ def enter(ours: socket.socket, cage: Cage) -> None:
     # Still with the rights of who started us: what is to be seen may lie in folders of root.
     opened = {inside: os.open(outside, os.O_PATH | os.O_CLOEXEC) for inside, outside in cage.see.items()}
     os.setresgid(group, group, group)
-    os.setresuid(user, user, user)
+    os.setresuid(uid, uid, uid)
     _fork()
     _new_root(cage, opened)
     _limit(cage.limits)
@@ -193,12 +201,11 @@ def _new_root(cage: Cage, opened: Mapping[str, int]) -> None:
     for inside, handle in opened.items():
         _show("/tmp" + inside, handle)
     for inside, target in cage.links.items():
+        os.makedirs(os.path.dirname("/tmp" + inside), exist_ok=True)
         os.symlink(target, "/tmp" + inside)
     if cage.scratch:
         os.makedirs("/tmp/tmp")
-        os.makedirs("/tmp/proc")
         _mount("tmpfs", "/tmp/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"size={cage.scratch},mode=700")
-        _mount("proc", "/tmp/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     os.chdir("/tmp")
     _check(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
     _call("umount2", b".", _MNT_DETACH)  # the host's, which lies on top

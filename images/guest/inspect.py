@@ -15,6 +15,7 @@ from typing import Protocol
 
 from appliance.errors import GuestUnreadable
 from images.guest.bootloader import Boot, boot_entry
+from images.guest.files import Unsupported
 from images.guest.fstab import Names, parse_crypttab, parse_fstab
 from images.guest.kernel import LIMIT, is_signed, release_of
 from images.guest.layout import ESP
@@ -31,6 +32,8 @@ _NEEDED = ("/usr", "/boot", "/boot/efi", "/efi", "/etc", "/lib", "/var")
 _MUST = ("/usr", "/boot", "/etc", "/lib")
 _MARKS = ("/etc/os-release", "/usr/lib/os-release")
 _SYSTEMS = 16
+# What holds no system, whoever reads it; of LVM the logical volumes count.
+_NO_ROOT = ("", "swap", "LVM2_member", "jbd", "vfat")
 
 
 class Mountable(Tree, Protocol):
@@ -53,8 +56,9 @@ class System:
 
 def find_system(tree: Mountable, volumes: Sequence[Volume]) -> System:
     """Mount the one system that is there. Raises GuestUnreadable when there is none or more than one, or what it needs
-    cannot be read."""
+    cannot be read; Unsupported when another reader may find it."""
     roots, reasons = [], []
+    unknown = any(one.fs not in _NO_ROOT and not one.mountable for one in volumes)
     for volume in [one for one in volumes if one.mountable and one.fs != "vfat"][: 4 * _SYSTEMS]:
         try:
             tree.mount(volume.name, "/")
@@ -62,9 +66,11 @@ def find_system(tree: Mountable, volumes: Sequence[Volume]) -> System:
                 roots.append(volume)
         except GuestUnreadable as error:
             reasons.append(str(error))
+            unknown |= isinstance(error, Unsupported)
     roots = _without_seeds(roots)
     if len(roots) != 1:
-        raise GuestUnreadable(what="the point", reason=_why_no_root(roots, volumes, reasons))
+        kind = GuestUnreadable if roots or not unknown else Unsupported
+        raise kind(what="the point", reason=_why_no_root(roots, volumes, reasons))
     return _mount_all(tree, roots[0], volumes, reasons)
 
 

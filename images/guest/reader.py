@@ -7,9 +7,10 @@ and text that it tells are limited and never used on the host.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,19 +33,41 @@ class ConfinedTree:
     """Not thread-safe. `seconds` is how long one answer may take."""
 
     def __init__(
-        self, program: list[str], disks: Mapping[str, Blocks], *, seconds: float = 120, log: Path | None = None
+        self,
+        program: list[str],
+        disks: Mapping[str, Blocks],
+        *,
+        seconds: float = 120,
+        log: Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         """Start it. Raises ToolFailed, GuestUnreadable; nothing runs then."""
         self._disks = disks
         self._seconds = seconds
         self._over: str = ""
-        self._child, self._socket = confine.start(program, name="guest-reader", log=log)
+        self._child, self._socket = confine.start(program, name="guest-reader", log=log, pass_fds=pass_fds)
 
     @classmethod
     def fast(cls, disks: Mapping[str, Blocks], *, seconds: float = 120) -> Self:
         """The reader for ext2 to ext4 and FAT, on partitions and linear volumes of LVM."""
         sizes = json.dumps({name: disk.size for name, disk in disks.items()})
         return cls([sys.executable, "-P", "-m", "images.guest.child", sizes], disks, seconds=seconds)
+
+    @classmethod
+    def general(
+        cls, sockets: Mapping[str, Path], appliance: Path, keys: Sequence[bytes] = (), *, seconds: float = 600
+    ) -> Self:
+        """libguestfs, with the disks at these sockets of NBD servers. Its start takes 15 to 60 s, in the first
+        answer. The keys go through a pipe: not on a command line, not in a file."""
+        told = {"sockets": {name: str(path) for name, path in sockets.items()}, "appliance": str(appliance)}
+        reading, writing = os.pipe()
+        try:
+            os.write(writing, b"\n".join(key.hex().encode() for key in keys))
+            os.close(writing)
+            program = [sys.executable, "-P", "-m", "images.guest.general_child", json.dumps(told), str(reading)]
+            return cls(program, {}, seconds=seconds, pass_fds=[reading])
+        finally:
+            os.close(reading)
 
     def __enter__(self) -> Self:
         return self

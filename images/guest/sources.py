@@ -18,7 +18,7 @@ from appliance.errors import ConfigError, GuestUnreadable, NbdFailed, RewindErro
 from appliance.process import Child
 from images.guest.blocks import Blocks
 
-__all__ = ["NbdDisk", "open_disks", "split_uri"]
+__all__ = ["NbdDisk", "image_format", "open_disks", "serve_disks", "split_uri"]
 
 _QCOW2 = b"QFI\xfb"
 
@@ -60,6 +60,19 @@ def open_disks(disks: Mapping[str, str], folder: Path) -> Iterator[dict[str, Blo
         yield {name: _open(name, spec, folder, opened) for name, spec in disks.items()}
 
 
+@contextmanager
+def serve_disks(disks: Mapping[str, str], folder: Path, owner: tuple[int, int]) -> Iterator[dict[str, Path]]:
+    """The disks as sockets in `folder`, which `owner` (uid, gid) may connect to and nobody can write through. Raises as
+    `open_disks`."""
+    with ExitStack() as opened:
+        sockets: dict[str, Path] = {}
+        for number, (name, spec) in enumerate(disks.items()):
+            kind, image = ("raw", spec) if spec.startswith("nbd") else image_format(spec)
+            sockets[name] = opened.enter_context(_server(folder / f"general.{number}.sock", kind, str(image)))
+            os.chown(sockets[name], *owner)
+        yield sockets
+
+
 def split_uri(uri: str) -> tuple[Path, str]:
     """(socket, export) of `nbd+unix:///EXPORT?socket=PATH`. Raises ConfigError."""
     parts = urlsplit(uri)
@@ -97,11 +110,21 @@ def _open(name: str, spec: str, folder: Path, opened: ExitStack) -> Blocks:
 
 
 def _served(name: str, path: Path, folder: Path, opened: ExitStack) -> Blocks:
-    socket = folder / f"{name}.qcow2.sock"
-    argv = ["qemu-nbd", "--read-only", "--format=qcow2", "--persistent", f"--socket={socket}", str(path)]
-    child = opened.enter_context(Child(argv, name="qemu-nbd"))
-    try:
-        connection = nbd.connect_when_ready(socket, child.alive)
-    except RewindError as error:
-        raise ConfigError(reason=f"disk {str(path)!r} cannot be opened: {child.tail() or error}") from error
-    return NbdDisk(name, opened.enter_context(connection))
+    socket = opened.enter_context(_server(folder / f"{name}.qcow2.sock", "qcow2", str(path)))
+    return NbdDisk(name, opened.enter_context(nbd.connect(socket, contexts=())))
+
+
+@contextmanager
+def _server(socket: Path, kind: str, image: str) -> Iterator[Path]:
+    """A server that does not let its clients write."""
+    socket.unlink(missing_ok=True)
+    argv = ["qemu-nbd", "--read-only", f"--format={kind}", "--persistent", "--shared=8", f"--socket={socket}", image]
+    with Child(argv, name="qemu-nbd") as child:
+        try:
+            nbd.connect_when_ready(socket, child.alive).close()
+        except RewindError as error:
+            raise ConfigError(reason=f"disk {image!r} cannot be opened: {child.tail() or error}") from error
+        try:
+            yield socket
+        finally:
+            socket.unlink(missing_ok=True)

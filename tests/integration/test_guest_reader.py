@@ -5,14 +5,25 @@ import os
 import random
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from appliance.errors import GuestUnreadable
+from images.guest import open_guest
+from images.guest.appliance import build_appliance
+from images.guest.confine import user
 from images.guest.ext4 import Ext4
 from images.guest.files import Walker
+from images.guest.inspect import client_of, find_system
 from images.guest.journal import open_ext4
+from images.guest.reader import ConfinedTree
+from images.guest.sources import open_disks, serve_disks
+from images.model import Layer
+from tests.guests import packages
 from tests.support import world
-from tests.support.guestdisk import image_of, walked
+from tests.support.guestdisk import DEBIAN, Link, debian, ext4, image_of, partitioned, walked, write_tree
 
 needs_world = pytest.mark.skipif(not world.inside(), reason="needs the private world of ./dev test")
 
@@ -122,3 +133,198 @@ def _same(crash, truth):
         return seen(Ext4(image_of(crash))) == truth
     except Exception:
         return False
+
+
+# --- the general reader ---
+
+KEY = b"a pass phrase"
+FILES = {"/etc/file": "content", "/link": Link("etc/file"), "/out": Link("../../../etc/passwd"),
+         "/circle": Link("circle"), "/big": bytes(range(256)) * 20000, "/names/with space": "", "/names/\N{SNOWMAN}": ""}  # fmt: skip
+
+
+def made_appliance(folder):
+    package = packages.kernel_package("amd64")
+    packages.unpack(package, folder)
+    (modules,) = (folder / "lib/modules").iterdir()
+    subprocess.run(["depmod", "-b", folder, modules.name], check=True)
+    build_appliance(folder / "made", kernel=folder / f"boot/vmlinuz-{modules.name}", modules=modules)
+    shutil.rmtree(folder / "lib")
+    shutil.rmtree(folder / "boot")
+
+
+@pytest.fixture(scope="module")
+def appliance():
+    """Of this machine's packages and Debian's kernel; the kernel of the machine may be without modules."""
+    sources = [Path(build_appliance.__code__.co_filename)]
+    digest = packages.sources_digest(sources, packages.kernel_package("amd64"))
+    (made,) = (packages.cached(f"guestfs-{digest}", made_appliance) / "made").glob("appliance-*[0-9a-f]")
+    return made
+
+
+def filled(image, folder, size, *maker):
+    """A file system of our own making, filled by this kernel."""
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run([*maker, image], check=True, capture_output=True)
+    folder.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
+    return folder
+
+
+def layered(folder, appliance):
+    """Two disks: md over both, LVM on it, a thin volume with ext4, and LUKS2 on another volume with ext4 in it. What
+    makes them is libguestfs itself: there is no device mapper in this kernel."""
+    script = """
+import os, sys
+import guestfs
+g = guestfs.GuestFS(python_return_dict=True)
+for path in sys.argv[2:4]:
+    g.disk_create(path, "raw", 256 << 20)
+    g.add_drive_opts(path, format="raw")
+g.launch()
+for disk in "ab":
+    g.part_disk(f"/dev/sd{disk}", "gpt")
+g.md_create("r", ["/dev/sda1", "/dev/sdb1"], level="raid1")
+g.pvcreate("/dev/md127" if g.exists("/dev/md127") else g.list_md_devices()[0])
+g.vgcreate("group", g.list_md_devices())
+g.lvcreate("locked", "group", 60)
+g.debug("sh", ["lvm lvcreate -T -L 100M -V 80M -n thin group/pool"])
+g.luks_format("/dev/group/locked", sys.argv[1], 0)
+g.cryptsetup_open("/dev/group/locked", sys.argv[1], "inside")
+for device in ("/dev/group/thin", "/dev/mapper/inside"):
+    g.mkfs("ext4", device)
+    g.mount(device, "/")
+    g.tar_in(sys.argv[4], "/")
+    g.umount_all()
+g.shutdown()
+"""
+    write_tree(folder / "layered", FILES)
+    subprocess.run(["tar", "-C", folder / "layered", "-cf", folder / "layered.tar", "."], check=True)
+    environment = {**os.environ, "LIBGUESTFS_PATH": str(appliance), "LIBGUESTFS_BACKEND": "direct",
+                   "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg", "LIBGUESTFS_MEMSIZE": "1280", "TMPDIR": str(folder),
+                   "LIBGUESTFS_CACHEDIR": str(folder), "LIBGUESTFS_HV": str(hv(folder))}  # fmt: skip
+    disks = [folder / "e.raw", folder / "f.raw"]
+    command = [sys.executable, "-c", script, KEY, *disks, folder / "layered.tar"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {"vde": f"raw:{disks[0]}", "vdf": f"raw:{disks[1]}"}
+
+
+def hv(folder):
+    """libguestfs looks for KVM whatever it is told; here it is not in a cage that has none."""
+    wrapper = folder / "qemu.sh"
+    wrapper.write_text('#!/bin/bash\nexec qemu-system-x86_64 "${@//accel=kvm:tcg/accel=tcg}"\n')
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+def disks_of_all_kinds(folder):
+    """vda: Debian on ext4; vdb: xfs; vdc: btrfs with a subvolume; vdd: LUKS around ext4."""
+    debian(folder / "a", {"/etc/circle": Link("circle"), "/etc/out": Link("../../../etc/hostname")})
+    for name, maker in {"b": ("mkfs.xfs", "-q"), "c": ("mkfs.btrfs", "-q")}.items():
+        where = filled(folder / f"{name}.raw", folder / f"mnt-{name}", 320 << 20, *maker)
+        try:
+            if name == "c":
+                subprocess.run(["btrfs", "-q", "subvolume", "create", where / "@"], check=True)
+                where = where / "@"
+            write_tree(where, FILES)
+        finally:
+            subprocess.run(["umount", folder / f"mnt-{name}"], check=True)
+    plain = ext4(folder / "plain", write_tree(folder / "files", FILES))
+    (folder / "key").write_bytes(KEY)
+    secret = ("--object", f"secret,id=key,file={folder}/key")
+    luks = ("-O", "luks", "-o", "key-secret=key,iter-time=10")
+    subprocess.run(["qemu-img", "convert", *secret, "-f", "raw", *luks, plain, folder / "d.raw"], check=True)
+    return {"vda": f"{folder}/a/disk.raw", "vdb": f"{folder}/b.raw", "vdc": f"raw:{folder}/c.raw",
+            "vdd": f"raw:{folder}/d.raw"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory, appliance):
+    """One start for all tests: it takes a minute where there is little processor."""
+    folder = tmp_path_factory.mktemp("g")
+    disks = disks_of_all_kinds(folder) | layered(folder, appliance)
+    before = {name: Path(spec.removeprefix("raw:")).read_bytes() for name, spec in disks.items()}
+    with serve_disks(disks, folder, user()) as sockets:
+        with ConfinedTree.general(sockets, appliance, [b"wrong", KEY]) as tree:
+            yield tree, tree.volumes(), disks
+    for name, spec in disks.items():
+        assert Path(spec.removeprefix("raw:")).read_bytes() == before[name], f"{name} was written"
+
+
+@needs_world
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_both_readers_tell_the_same_of_one_disk(general, tmp_path):
+    """P6-01: the fast reader is proven equal, to the last answer about paths."""
+    slow, volumes, disks = general
+    with open_disks({"vda": disks["vda"]}, tmp_path) as opened, ConfinedTree.fast(opened) as fast:
+        assert [one for one in volumes if one.disks == ("vda",)] == list(fast.volumes())
+        systems = []
+        for tree in (fast, slow):
+            system = find_system(tree, fast.volumes())
+            systems.append((system, client_of(tree, system, fast.volumes())))
+        assert systems[0] == systems[1]
+        odd = ["/lib/modules", "/etc/circle", "/etc/out", "/none", "/etc/hostname/x", "/../etc", "/lost+found"]
+        for path in (*DEBIAN, *odd):
+            assert told(fast, path) == told(slow, path), path
+
+
+def told(tree, path):
+    """All answers about a path, errors by their class."""
+    answers = []
+    reads = [lambda path, limit=limit: tree.read(path, limit) for limit in (1 << 20, 3)]
+    for question in (tree.kind, tree.resolve, tree.list, *reads):
+        try:
+            answers.append(question(path))
+        except (FileNotFoundError, GuestUnreadable) as error:
+            answers.append(type(error))
+    return answers
+
+
+KINDS = {
+    "xfs": ("vdb", "xfs", ()),
+    "btrfs-subvolume": ("vdc:@", "btrfs", ()),
+    "luks": ("luks-vdd", "ext4", (Layer.LUKS,)),
+    "thin-on-lvm-on-md": ("group/thin", "ext4", (Layer.PARTITION, Layer.MD, Layer.LVM)),
+    "luks2-on-lvm-on-md": ("luks-group-locked", "ext4", (Layer.PARTITION, Layer.MD, Layer.LVM, Layer.LUKS)),
+}
+
+
+@needs_world
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "fs", "layers"), KINDS.values(), ids=KINDS)
+def test_what_only_the_general_reader_knows(general, name, fs, layers):
+    """P6-01: xfs, a subvolume of btrfs, LUKS with its key; and no path leads out of them."""
+    tree, volumes, _ = general
+    (volume,) = [one for one in volumes if one.name == name]
+    below = ("vde", "vdf") if "group" in name else (name.removeprefix("luks-").partition(":")[0],)
+    assert (volume.fs, volume.layers, volume.disks) == (fs, layers, below)
+    tree.mount(name, "/")
+    assert {"etc", "link", "big", "names"} <= set(tree.list("/"))
+    assert tree.list("/names") == ("with space", "\N{SNOWMAN}")
+    assert tree.read("/big", 6 << 20) == FILES["/big"]
+    assert tree.read("/link", 7) == b"content"
+    assert tree.resolve("/link") == "/etc/file"
+    for path in ("/out", "/circle", "/none"):
+        with pytest.raises(FileNotFoundError):
+            tree.read(path, 100)
+    with pytest.raises(GuestUnreadable, match="at most 3"):
+        tree.read("/etc/file", 3)
+
+
+@needs_world
+@pytest.mark.timeout(60)
+def test_what_the_fast_reader_does_not_know_names_the_other(tmp_path):
+    """A root on xfs without libguestfs' appliance is refused, with what would help."""
+    where = filled(tmp_path / "x.raw", tmp_path / "mnt", 320 << 20, "mkfs.xfs", "-q")
+    try:
+        write_tree(where, {"/etc/os-release": "ID=x\n"})
+    finally:
+        subprocess.run(["umount", tmp_path / "mnt"], check=True)
+    image = partitioned(tmp_path / "disk", [("83", tmp_path / "x.raw")])
+    with pytest.raises(GuestUnreadable, match=r"no system is on vda1 \(xfs\)") as caught:
+        with open_guest({"vda": str(image)}, tmp_path):
+            pass
+    assert "libguestfs" in caught.value.hint

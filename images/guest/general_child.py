@@ -1,0 +1,244 @@
+"""The confined child that reads what `child` does not know, by libguestfs: xfs, btrfs, LUKS, md, every kind of LVM.
+
+Started as `python -m images.guest.general_child DISKS KEYS DESCRIPTOR`: a JSON object of names, exports and sockets,
+and the descriptor of a pipe with the keys. libguestfs starts a small virtual machine of its own in the cage (emulated:
+there is no /dev/kvm in it), whose kernel mounts the file systems; the disks are NBD sockets that cannot be written.
+Answers are those of `child.Reader`, so the parent cannot tell the two apart.
+
+libguestfs' binding is Debian's python3-guestfs, imported here alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import guestfs
+
+from appliance.errors import GuestUnreadable
+from images.guest.child import answer_all
+from images.guest.confine import Cage, Limits, Seccomp, enter
+from images.guest.files import check_readable
+from images.guest.volumes import Volume, partition_name
+from images.model import Layer
+from images.tree import Kind
+
+__all__ = ["GuestfsReader", "cage", "main"]
+
+_MISSING = tuple(map(os.strerror, (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)))
+_KINDS = {stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.FOLDER, stat.S_IFLNK: Kind.LINK}
+_NO_FILES = ("", "unknown", "swap", "crypto_LUKS", "LVM2_member", "linux_raid_member")
+_SCRATCH = "/tmp/answer"
+# LUKS2 asks for up to 1 GiB to make a key of a passphrase.
+_MEMORY = 1280
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """One of the virtual machine's block devices. `disks` and `layers` as in Volume."""
+
+    name: str
+    disks: tuple[str, ...]
+    layers: tuple[Layer, ...] = ()
+    offset: int = 0
+    length: int = 0
+    number: int = 0
+
+
+class GuestfsReader:
+    def __init__(self, disks: Sequence[str], handle: Any, keys: Sequence[bytes] = ()) -> None:
+        """`disks` are the names of the handle's drives, in its order; it is launched."""
+        self._g = handle
+        self._disks = disks
+        self._keys = keys
+        self._mountable: dict[str, str] = {}
+
+    def volumes(self) -> list[dict[str, Any]]:
+        devices = self._devices()
+        files = self._call(self._g.list_filesystems)
+        found = [volume for name in devices for volume in self._told(name, devices[name], files)]
+        return [volume.model_dump(mode="json") for volume in found]
+
+    def mount(self, volume: str, where: str) -> None:
+        if volume not in self._mountable:
+            raise GuestUnreadable(what=f"volume {volume!r}", reason="there is no such volume")
+        if where == "/":
+            self._call(self._g.umount_all)
+        try:
+            self._call(self._g.mount_ro, self._mountable[volume], where)
+        except FileNotFoundError:
+            raise GuestUnreadable(what=f"volume {volume!r}", reason=f"{where} is not there to mount it") from None
+
+    def read(self, path: str, limit: int) -> bytes:
+        status = self._call(self._g.statns, path)
+        check_readable(path, _KINDS.get(stat.S_IFMT(status["st_mode"]), Kind.OTHER), status["st_size"], limit)
+        self._call(self._g.download, path, _SCRATCH)
+        with open(_SCRATCH, "rb") as file:
+            return file.read(limit)
+
+    def list(self, path: str) -> tuple[str, ...]:
+        # Names that are not UTF-8 cannot pass the binding: they come in a file.
+        self._call(self._g.ls0, path, _SCRATCH)
+        with open(_SCRATCH, "rb") as file:
+            names = file.read().split(b"\0")
+        return tuple(sorted(text for name in names if (text := name.decode(errors="ignore")).encode() == name and name))
+
+    def kind(self, path: str) -> str:
+        return _KINDS.get(stat.S_IFMT(self._call(self._g.lstatns, path)["st_mode"]), Kind.OTHER).value
+
+    def resolve(self, path: str) -> str:
+        found: str = self._call(self._g.realpath, path)
+        return found
+
+    # --- what lies on what ---
+
+    def _devices(self) -> dict[str, _Device]:
+        """By libguestfs' name of the device. LUKS is opened where a key fits."""
+        found = {device: _Device(name, (name,)) for device, name in zip(self._call(self._g.list_devices), self._disks,
+                                                                          strict=True)}  # fmt: skip
+        found |= {device: self._partition(device, found) for device in self._call(self._g.list_partitions)}
+        found |= dict(self._arrays(found))
+        for _ in range(3):  # LUKS on LVM on LUKS is the deepest that anybody has
+            opened = dict(self._opened(found))
+            found |= opened
+            self._call(self._g.lvm_scan, True)
+            volumes = dict(self._logical(found))
+            if not opened and volumes.keys() <= found.keys():
+                break
+            found |= {device: volume for device, volume in volumes.items() if device not in found}
+        return found
+
+    def _partition(self, device: str, disks: Mapping[str, _Device]) -> _Device:
+        parent = self._call(self._g.part_to_dev, device)
+        number = self._call(self._g.part_to_partnum, device)
+        part = next(one for one in self._call(self._g.part_list, parent) if one["part_num"] == number)
+        disk = disks[parent].name
+        return _Device(partition_name(disk, number), (disk,), (Layer.PARTITION,), part["part_start"], part["part_size"],
+                       number)  # fmt: skip
+
+    def _arrays(self, found: Mapping[str, _Device]) -> Iterator[tuple[str, _Device]]:
+        for device in self._call(self._g.list_md_devices):
+            members = [f"/dev/{one['mdstat_device']}" for one in self._call(self._g.md_stat, device)]
+            yield device, _above(device.removeprefix("/dev/"), [found[one] for one in members], Layer.MD)
+
+    def _opened(self, found: Mapping[str, _Device]) -> Iterator[tuple[str, _Device]]:
+        there = {device.name for device in found.values()}
+        for device, below in list(found.items()):
+            name = f"luks-{below.name}".replace("/", "-")
+            locked = name not in there and self._call(self._g.vfs_type, device) == "crypto_LUKS"
+            if locked and self._unlock(device, name):
+                yield f"/dev/mapper/{name}", _above(name, [below], Layer.LUKS)
+
+    def _unlock(self, device: str, name: str) -> bool:
+        for key in self._keys:
+            try:
+                self._g.cryptsetup_open(device, key.decode(errors="surrogateescape"), name, readonly=True)
+                return True
+            except RuntimeError:
+                continue  # not this key
+        return False
+
+    def _logical(self, found: Mapping[str, _Device]) -> Iterator[tuple[str, _Device]]:
+        physical = {one["pv_uuid"]: one["pv_name"] for one in self._call(self._g.pvs_full)}
+        for device in self._call(self._g.lvs):
+            _, _, group, volume = device.split("/", 3)
+            uuids = self._call(self._g.vgpvuuids, group)
+            names = [physical.get(one.replace("-", ""), "") for one in uuids]
+            below = [found[name] for name in names if name in found]
+            yield device, _above(f"{group}/{volume}", below, Layer.LVM)
+
+    def _told(self, device: str, one: _Device, files: Mapping[str, str]) -> Iterator[Volume]:
+        known = self._call(self._g.blkid, device) if device not in self._partitioned() else {}
+        volume = Volume(
+            name=one.name, fs=known.get("TYPE", ""), uuid=known.get("UUID", ""), label=known.get("LABEL", ""),
+            disks=one.disks, layers=one.layers, offset=one.offset, length=one.length, number=one.number,
+            kind=known.get("PART_ENTRY_TYPE", ""), partuuid=known.get("PART_ENTRY_UUID", ""),
+            partlabel=known.get("PART_ENTRY_NAME", ""),
+            mountable=device in files and files[device] not in _NO_FILES,
+        )  # fmt: skip
+        if device not in self._partitioned():
+            self._mountable[one.name] = device
+            yield volume
+        for name in files:
+            prefix = f"btrfsvol:{device}/"
+            if name.startswith(prefix):
+                below = name.removeprefix(prefix)
+                self._mountable[f"{one.name}:{below}"] = name
+                yield volume.model_copy(update={"name": f"{one.name}:{below}", "flags": f"subvol={below}"})
+
+    def _partitioned(self) -> set[str]:
+        return {self._call(self._g.part_to_dev, device) for device in self._call(self._g.list_partitions)}
+
+    def _call(self, method: Any, *arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except UnicodeDecodeError as error:
+            raise GuestUnreadable(what="the point", reason="a name in it is not UTF-8") from error
+        except RuntimeError as error:
+            if str(error).endswith(_MISSING):  # the binding of libguestfs 1.48 does not tell errno
+                raise FileNotFoundError from error
+            raise GuestUnreadable(what="the point", reason=str(error)) from error
+
+
+def _above(name: str, below: list[_Device], layer: Layer) -> _Device:
+    disks = tuple(dict.fromkeys(disk for one in below for disk in one.disks))
+    layers = tuple(dict.fromkeys(found for one in below for found in one.layers))
+    return _Device(name, disks, (*layers, layer))
+
+
+def cage(sockets: Mapping[str, str], appliance: str) -> Cage:
+    """Programs and libraries of this machine, the appliance, four devices that hold nothing, the disks' sockets."""
+    devices = {f"/dev/{name}": f"/dev/{name}" for name in ("null", "zero", "random", "urandom")}
+    return Cage(
+        limits=Limits(memory=0, seconds=3600, files=1024, file_bytes=2 << 30, processes=True),
+        seccomp=Seccomp.PROGRAMS,
+        see={"/usr": "/usr", "/etc/ld.so.cache": "/etc/ld.so.cache", "/etc/passwd": "/etc/passwd",
+             "/appliance": appliance, **devices, **{f"/disks/{name}": path for name, path in sockets.items()}},
+        links={"/bin": "usr/bin", "/sbin": "usr/sbin", "/lib": "usr/lib", "/lib64": "usr/lib64",
+               "/var/tmp": "/tmp"},  # QEMU's own choice for what it forgets again
+        scratch=1 << 30,
+    )  # fmt: skip
+
+
+def main() -> None:
+    told, keys, descriptor = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    with os.fdopen(keys, "rb") as pipe:
+        passphrases = [bytes.fromhex(line) for line in pipe.read().decode().split()]
+    parent = socket.socket(fileno=descriptor)
+    enter(parent, cage(told["sockets"], told["appliance"]))
+    os.environ.update(HOME="/tmp", TMPDIR="/tmp", XDG_RUNTIME_DIR="/tmp", LIBGUESTFS_PATH="/appliance",
+                      LIBGUESTFS_BACKEND="direct", LIBGUESTFS_BACKEND_SETTINGS="force_tcg",
+                      LIBGUESTFS_CACHEDIR="/tmp", LIBGUESTFS_TMPDIR="/tmp")  # fmt: skip
+    handle = guestfs.GuestFS(python_return_dict=True)
+    handle.set_memsize(_MEMORY)
+    for name in told["sockets"]:
+        handle.add_drive_opts("", readonly=1, format="raw", protocol="nbd", server=[f"unix:/disks/{name}"])
+    answer_all(parent, _Launched(tuple(told["sockets"]), handle, passphrases))
+
+
+class _Launched:
+    """Launches for the first question, so that a failure is an answer."""
+
+    def __init__(self, disks: Sequence[str], handle: Any, keys: Sequence[bytes]) -> None:
+        self._arguments = (disks, handle, keys)
+        self._reader: GuestfsReader | None = None
+
+    def __getattr__(self, question: str) -> Any:
+        if self._reader is None:
+            try:
+                self._arguments[1].launch()
+            except RuntimeError as error:
+                raise GuestUnreadable(what="the point", reason=f"libguestfs does not start: {error}") from error
+            self._reader = GuestfsReader(*self._arguments)
+        return getattr(self._reader, question)
+
+
+if __name__ == "__main__":
+    main()
