@@ -250,6 +250,7 @@ class RevertPlan(Record):
     expected_seconds: float | None
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    compared: bool = True
 
 
 @dataclass(frozen=True, slots=True)

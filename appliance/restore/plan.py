@@ -41,7 +41,8 @@ class Part:
 class Plan:
     """`disks` are (target, size, bytes that differ in whole chunks) as of the last point or revert; what the guest
     wrote since then comes on top. `files` are the paths that will be written or made. `extents` counts runs of
-    differing chunks."""
+    differing chunks. Without `compared` the present of a disk is in no point any more: all that the point holds counts
+    then, which is the most that can move."""
 
     domain: str
     uuid: str
@@ -55,6 +56,7 @@ class Plan:
     expected_seconds: float | None
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    compared: bool = True
 
 
 def pair(domain: Domain, point: Point, names: Sequence[str]) -> list[Part]:
@@ -107,8 +109,17 @@ def make_plan(
         disks=tuple(rows), changed_bytes=changed, chunks=chunks, extents=extents,
         expected_seconds=_FIXED + changed / min(rate or _RATE, _RATE),
         files=tuple(sorted([part.disk.source for part in parts] + [f"{home.revert(domain.uuid)}/"])),
-        notes=tuple(notes(domain, point, parts, bool(names))),
+        notes=(*notes(domain, point, parts, bool(names)), *_reading(repo, record)),
+        compared=all(part.disk.target in now for part in parts),
     )  # fmt: skip
+
+
+def _reading(repo: Repository, record: Protection) -> list[str]:
+    """What it costs that there is no point to count from."""
+    if _point(repo, record.last_point) is not None:
+        return []
+    why = "was forgotten" if record.last_point else "is not there yet"
+    return [f"the point that the next one continues from {why}: the protected disks are read whole first"]
 
 
 def _present(home: Home, repo: Repository, record: Protection) -> dict[str, MapRef]:
@@ -118,12 +129,15 @@ def _present(home: Home, repo: Repository, record: Protection) -> dict[str, MapR
     # A revert of some disks only has no point of its own to come from.
     done = intents.load(home, record.uuid)
     if record.parent is not None and done is not None and done.ended and done.timeline == record.timeline:
-        found |= {disk.target: disk.wanted for disk in done.disks}
+        # The maps of a point that was forgotten may be collected.
+        there = _point(repo, done.point) is not None
+        found = {name: map for name, map in found.items() if there or name not in {one.target for one in done.disks}}
+        found |= {disk.target: disk.wanted for disk in done.disks if there}
     return found
 
 
 def _point(repo: Repository, name: str | None) -> Point | None:
-    """When it was deleted the plan counts everything, which is what may move."""
+    """None when it was deleted."""
     try:
         return repo.point(name) if name else None
     except NoSuchPoint:

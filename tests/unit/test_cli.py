@@ -27,6 +27,7 @@ from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.cli import main
 from appliance.config import Home
+from appliance.hypervisor.base import Disk, DomainState
 from appliance.model import Consistency, DiskPoint, Point, PointStats, Timeline
 from appliance.service import Session
 from appliance.timeline.ledger import Ledger
@@ -688,6 +689,36 @@ def test_an_undo_tells_what_it_would_do(web, cut, monkeypatch):
     monkeypatch.setattr("click.confirm", lambda question, err: asked.append(question))
     assert web("undo", "web") == 56
     assert web.newest in asked[0] and "2026-03-01" in asked[0] and "5 MiB" in asked[0]
+
+
+class Off:
+    """A domain that is shut off, with the one disk of the points."""
+
+    name, uuid, uri = "web", UUID, DEAD
+
+    def state(self):
+        return DomainState.SHUTOFF
+
+    def disks(self):
+        return [Disk("vda", "/images/web.qcow2", "qcow2", SIZE)]
+
+
+def test_a_plan_counts_against_what_it_says(web, monkeypatch):
+    """Promise 2: when the newest point was forgotten nobody knows what differs, so no number is passed off as that."""
+    monkeypatch.setattr(Session, "domain", lambda *_: Off())
+    assert web("revert", "web", "--to", "0002abcd00000002", "--dry-run") == 0
+    assert "128 KiB in 1 extent differ from the newest point" in web.out
+    assert web("forget", "web", NEWEST) == 0
+    assert web("revert", "web", "--to", "latest", "--dry-run") == 0
+    assert "differ from the newest point" not in web.out
+    assert "at most 384 KiB in 1 extent are moved" in web.out
+    assert "continues from was forgotten: the protected disks are read whole first" in web.out
+    assert web.json("revert", "web", "--to", "latest", "--dry-run")[0]["compared"] is False
+    asked = []
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.confirm", lambda question, err: asked.append(question))
+    assert web("revert", "web", "--to", "latest") == 56
+    assert "what differs (at most 384 KiB is moved) is rewritten" in asked[0]
 
 
 def test_a_label_that_is_used_already_is_told_when_the_point_is_taken(web):

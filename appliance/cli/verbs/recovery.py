@@ -175,8 +175,10 @@ def _confirm(action: str, planned: Plan, yes: bool) -> None:
     """Ask the person; without one, `--yes` is the only consent. Raises NotConfirmed."""
     if yes:
         return
+    size = format_size(planned.changed_bytes)
+    known = f"{size} and what was written since the newest point are rewritten"
     question = (
-        f"{action}: {format_size(planned.changed_bytes)} and what was written since the newest point are rewritten as"
+        f"{action}: {known if planned.compared else f'what differs (at most {size} is moved) is rewritten'} as"
         f" of point {planned.point} of {clock(planned.time)}, and the guest is reset. Go on?"
     )
     if not sys.stdin.isatty() or not click.confirm(question, err=True):
@@ -187,14 +189,15 @@ def _show_plan(context: Context, planned: Plan, always: bool) -> None:
     disks = tuple(records.DiskBytes(*one) for one in planned.disks)
     record = records.RevertPlan(
         planned.domain, planned.uuid, planned.point, planned.time, planned.mode, disks, planned.changed_bytes,
-        planned.extents, planned.expected_seconds, planned.files, planned.notes,
+        planned.extents, planned.expected_seconds, planned.files, planned.notes, planned.compared,
     )  # fmt: skip
     expected = f", about {format_duration(planned.expected_seconds)}" if planned.expected_seconds is not None else ""
     lines = [f"{planned.domain} to {planned.point} of {clock(planned.time)}, {planned.mode}{expected}"]
-    lines.append(
-        f"  {format_size(planned.changed_bytes)} in {counted(planned.extents, 'extent')} differ from the newest point"
-        f" ({of_disks(disks)}), and what was written since"
-    )
+    size = f"{format_size(planned.changed_bytes)} in {counted(planned.extents, 'extent')}"
+    if planned.compared:
+        lines.append(f"  {size} differ from the newest point ({of_disks(disks)}), and what was written since")
+    else:
+        lines.append(f"  at most {size} are moved ({of_disks(disks)}): the revert finds out what differs")
     lines += [f"  {file}" for file in planned.files]
     lines += [f"  {note}" for note in planned.notes]
     if always or not context.output.json:
