@@ -153,10 +153,17 @@ class Work:
     def offline(self) -> Taken:
         chosen = choose(self.domain, self.record, self.contents.notes)
         with self.domain.offline(chosen) as monitor, self.connected(monitor) as watched:
-            taken = self.straight(watched, Consistency.OFFLINE)
+            taken = self.straight(watched, self._shut_off())
             # While nobody else can have written to them. Those that closing writes to are not taken for untouched.
             marks = {disk.target: heal.offline_mark(disk) for disk in chosen}
         return self._mark_offline(taken, marks)
+
+    def _shut_off(self) -> Consistency:
+        """The file systems of a guest whose memory was saved were not unmounted."""
+        if not self.domain.managed_save():
+            return Consistency.OFFLINE
+        self.contents.notes.append("its disks without its saved memory: as after a power cut")
+        return Consistency.CRASH
 
     def _mark_offline(self, taken: Taken, marks: Mapping[str, str]) -> Taken:
         """What the images look like now is what untouched ones look like."""

@@ -189,6 +189,9 @@ class QmpDomain:
     def tpm_state(self) -> Path | None:
         return None
 
+    def managed_save(self) -> bool:
+        return False  # whoever starts it decides what it goes on from
+
     def process(self) -> QemuProcess:
         connection = self._connected()
         version = connection.execute("query-version")["qemu"]

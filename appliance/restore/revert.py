@@ -117,8 +117,9 @@ class Reverter:
     # --- verbs ---
 
     def plan(self, point: Point, disks: Sequence[str] = (), *, instant: bool = False, rate: int = 0) -> Plan:
-        """See `plan.make_plan`. Also raises RevertUnderWay, NotProtected."""
+        """See `plan.make_plan`. Also raises RevertUnderWay, NotProtected, DomainBusy for saved memory."""
         intents.refuse_if_under_way(self._home, self._domain.uuid, self._domain.name)
+        self._refuse_saved_memory()
         limit = rate or self._settings.rate_limit
         made = make_plan(self._home, self._repo, self._domain, self._record(), point, disks, instant, limit)
         if made.mode == "offline":
@@ -141,11 +142,12 @@ class Reverter:
     ) -> Result:  # fmt: skip
         """Take the domain to `point`. With `background` (and `instant`) it returns as soon as the guest runs.
 
-        Raises RevertUnderWay, NotProtected, FenceError, DiskNotFound, NotSupported, NotRecoverable, PushFailed and
-        others before anything was changed: the guest is then as it was. Raised after the switch, the guest is on its
-        way and `resume` ends it (the keeper tries as well).
+        Raises RevertUnderWay, NotProtected, DomainBusy, FenceError, DiskNotFound, NotSupported, NotRecoverable,
+        PushFailed and others before anything was changed: the guest is then as it was. Raised after the switch, the
+        guest is on its way and `resume` ends it (the keeper tries as well).
         """
         intents.refuse_if_under_way(self._home, self._domain.uuid, self._domain.name)
+        self._refuse_saved_memory()
         parts = pair(self._domain, point, disks)
         self._need_protection(parts)
         self._need_space()
@@ -189,13 +191,16 @@ class Reverter:
 
     def resume(self, *, roll_back: bool = False, wait: float = 0.0) -> Result:
         """End the domain's revert. When the keeper is driving it already, its end is waited for (a roll-back waits at
-        most `wait` seconds for the wheel). Raises NothingToResume and what `drive.Driver` raises."""
+        most `wait` seconds for the wheel). Raises NothingToResume, DomainBusy and what `drive.Driver` raises."""
         uuid = self._domain.uuid
         deadline = time.monotonic() + wait
         first = intents.load(self._home, uuid)
         while True:
             with intents.drive_lock(self._home, uuid) as ours:
                 if ours:
+                    if roll_back and (now := intents.load(self._home, uuid)) is not None and not now.rolling_back:
+                        # Memory of after the switch goes with the disks forward only.
+                        self._refuse_saved_memory()
                     self._renew_spec()
                     intent = go_on(
                         self._home, self._settings, uuid, domain=self._domain, roll_back=roll_back,
@@ -223,6 +228,16 @@ class Reverter:
         intent = intents.load(self._home, self._domain.uuid)
         if intent is not None and not intent.ended:
             intents.save(self._home, replace(intent, repository=self._spec.to_json()))
+
+    def _refuse_saved_memory(self) -> None:
+        """The next start would go on from it, with caches of file systems that the disks do not hold any more. Raises
+        DomainBusy. It cannot be kept with the disks: it belongs to the present."""
+        name = self._domain.name
+        if self._domain.managed_save():
+            raise DomainBusy(
+                domain=name, reason="libvirt would go on from its saved memory, which fits only the disks of the present",
+                hint=f"`virsh start {name}` goes on from it now, `virsh managedsave-remove {name}` gives it up",
+            )  # fmt: skip
 
     def _need_protection(self, parts: Sequence[Part]) -> None:
         """Of a disk that is not protected now the safety point would keep nothing. Raises NotSupported."""
@@ -415,6 +430,8 @@ class Reverter:
         intent = self._announce(intent)
         images = [part.disk for part in parts] + self._others(parts)
         with keeper.image_lock_released(self._home, intent), self._domain.offline(images) as monitor:
+            # Again: while we hold the images nobody can start it, so from here on none can come.
+            self._refuse_saved_memory()
             increment = epoch.Increment(
                 self._domain, self._spec, self._home, self._settings, self._record(), self._repo, monitor=monitor,
                 label=f"kept as {intent.verb} to {point.id} began",

@@ -17,6 +17,7 @@ from appliance.hypervisor.base import DomainState, offline_node
 from appliance.hypervisor.graph import base, nodes
 from appliance.units import MiB
 from tests.support import iothreads
+from tests.support.libvirt import virsh
 from tests.support.tiny import BareGuest, LibvirtGuest, TinyDisk, make_disk
 
 
@@ -168,6 +169,17 @@ def test_no_agent_is_told(place):
     with pytest.raises(AgentUnavailable):
         place.domain.freeze(2)
     place.domain.thaw(2) if place.kind == "qmp" else None
+
+
+@pytest.mark.timeout(60)
+def test_saved_memory_is_seen(place):
+    """Do no harm: a guest that would go on from saved memory must not find other disks."""
+    assert place.domain.managed_save() is False
+    if place.kind == "libvirt":
+        virsh("managedsave", "contract")
+        assert place.domain.state() is DomainState.SHUTOFF and place.domain.managed_save() is True
+        virsh("managedsave-remove", "contract")
+        assert place.domain.managed_save() is False
 
 
 @pytest.mark.timeout(60)

@@ -162,6 +162,34 @@ def test_shut_off(bench, kind):
     assert b.images_equal() == []
 
 
+@pytest.mark.parametrize("saved", [[True], [False, True]], ids=["before", "between-look-and-fence"])
+def test_saved_memory_is_not_given_other_disks(bench, saved):
+    """Do no harm: libvirt would resume the old memory over the reverted disks. Refused with nothing changed, and a
+    point says that the disks alone are as after a power cut."""
+    b = bench()
+    b.scribble(20)
+    first = b.point()
+    b.scribble(10)
+    b.domain.close()
+    b.machine.quit()
+    answers = list(saved)
+    b.domain.managed_save = lambda: answers.pop(0) if len(answers) > 1 else answers[0]
+    with pytest.raises(DomainBusy, match="saved memory") as caught:
+        b.reverter().revert(first)
+    assert "`virsh managedsave-remove bare`" in caught.value.hint
+    assert b.intent() is None and not fence.stands(b.home, b.uuid)
+    assert b.images_equal() == []
+    with pytest.raises(DomainBusy, match="saved memory"):
+        b.reverter().plan(first)
+    second = b.point()
+    assert second.consistency.value == "crash" and any("saved memory" in note for note in second.notes)
+    answers[:] = [False]
+    b.reverter().revert(first)
+    answers[:] = [True]
+    with pytest.raises(DomainBusy, match="saved memory"):
+        b.reverter().undo()
+
+
 def test_paused_by_its_admin(bench):
     """A domain that was found paused is left paused, at the target."""
     b = bench()

@@ -215,3 +215,15 @@ def test_destroyed_in_the_middle(fenced_guest):
     sees(guest, seq)
     world.reload()
     world.point()
+    restored_memory_is_fenced_as_well(guest, world)
+
+
+def restored_memory_is_fenced_as_well(guest, world):
+    """A start that goes on from saved memory asks the hook too, and a refused one keeps the memory."""
+    libvirt.virsh("managedsave", guest.name)
+    fence.put_up(world.home, world.domain.uuid)
+    refused = libvirt.virsh("start", guest.name, check=False)
+    assert refused.returncode != 0 and "resume fenced" in refused.stderr
+    assert world.domain.managed_save()
+    fence.take_down(world.home, world.domain.uuid)
+    libvirt.virsh("managedsave-remove", guest.name)

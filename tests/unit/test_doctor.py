@@ -19,6 +19,8 @@ from appliance.service.setup import init
 
 
 class Domain:
+    saved = False
+
     def __init__(self, name="web", version=(10, 0, 2), iothread=False, refusal="", definition="<domain/>", uid=0):
         self.name, self.uuid, self.uri = name, f"uuid-{name}", "test:///"
         self._version, self._definition, self._uid = version, definition, uid
@@ -43,6 +45,9 @@ class Domain:
 
     def definition(self):
         return self._definition
+
+    def managed_save(self):
+        return self.saved
 
     def process(self):
         return QemuProcess(1, self._uid, self._uid, self._version)
@@ -197,6 +202,13 @@ def test_a_revert_that_nobody_ends_is_a_failure(session, there):
         assert [(one.name, one.status) for one in found] == [("domain web", "fail")]
         assert "0001abcd00000001" in found[0].finding and found[0].remedy == "rewind resume web"
     assert "revert" not in text(domains.check(session, "db"))
+
+
+def test_saved_memory_is_told(session):
+    """It keeps every revert out."""
+    session.use(found := Domain())
+    found.state, found.saved = lambda: DomainState.SHUTOFF, True
+    assert "virsh managedsave-remove web" in text(domains.check(session, "web"), "warn")
 
 
 def test_a_revert_that_goes_on_by_itself_is_no_failure(session):

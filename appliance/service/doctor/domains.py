@@ -53,6 +53,10 @@ def _domain(session: Session, domain: Domain) -> Iterator[Check]:
     name = f"domain {domain.name}"
     there = session.home.instance_file.exists()
     yield from _disks(name, domain, session.record(domain.uuid) if there else None)
+    if domain.managed_save():
+        finding = "libvirt holds its saved memory (a managed save): no revert is possible while it does"
+        remedy = f"`virsh start {domain.name}` goes on from it, `virsh managedsave-remove {domain.name}` gives it up"
+        yield warn(name, finding, remedy)
     if domain.state() is DomainState.SHUTOFF:
         return
     process = domain.process()
