@@ -468,7 +468,7 @@ class Reverter:
                     chunks=info.chunks,
                 )
             )  # fmt: skip
-        # Not in the pause: a repository may be far away. A timeline without points is never shown.
+        # Not in the pause: a repository may be far away. When nothing comes of it nobody shows it: timeline/story.py.
         self._repo.put_timeline(
             Timeline(intent.timeline, intent.uuid, datetime.now(UTC), parent=present.timeline, origin=intent.point)
         )

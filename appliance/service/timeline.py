@@ -18,6 +18,7 @@ from appliance.timeline.when import parse_time
 from appliance.units import parse_duration
 
 if TYPE_CHECKING:
+    from appliance.capture.protection import Protection
     from appliance.journal import Journal, Segment
     from appliance.service.session import Session
     from appliance.timeline.catalogue import Summary
@@ -65,11 +66,22 @@ def timeline(
     known = Known(
         points, session.repository.timelines(uuid), reachable(spans, points, _held(session, uuid)),
         missing(points, record.every if record else None, spans, bool(record and record.continuous), moment),
-        ledger.branches(), ledger.events(), flows, marks,
+        ledger.branches(), ledger.events(), flows, marks, _lived(session, uuid, record),
     )  # fmt: skip
     story = tell(known, start, end, buckets)
     standing = capturing(session, record, points, moment) if record else None
     return Timeline(domain, uuid, story, standing, sum(one.bytes for one in flows), tuple(notes))
+
+
+def _lived(session: Session, uuid: str, record: Protection | None) -> list[str]:
+    """The present timeline, and that of a revert which has switched the disks and not ended yet."""
+    from appliance.restore import intent
+
+    found = [record.timeline] if record else []
+    last = intent.load(session.home, uuid)
+    if last is not None and last.phase not in (intent.Phase.PLANNED, intent.Phase.FENCED, intent.Phase.DONE):
+        found += [] if last.rolling_back else [last.timeline]
+    return found
 
 
 def _first(points: list[Summary], begun: datetime) -> datetime:

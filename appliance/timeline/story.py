@@ -45,7 +45,8 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """All that is known of a domain's past, in any order; `flows` are the journal's."""
+    """All that is known of a domain's past, in any order; `flows` are the journal's, `lived` are timelines that are
+    known to have been the present though there may be no point on them."""
 
     points: Sequence[Summary]
     timelines: Sequence[Timeline] = ()
@@ -55,6 +56,7 @@ class Known:
     events: Sequence[Event] = ()
     flows: Sequence[Flow] = ()
     marks: Sequence[Mark] = ()
+    lived: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,8 @@ def _run(held: Sequence[tuple[int, int]], last: int) -> int:
 def _lanes(known: Known, since: datetime, until: datetime) -> list[Lane]:
     """Timelines in the order in which they were the present. Where nobody wrote down when one began, it was with its
     first point."""
-    origins = _origins(known)
+    lived = _lived(known)
+    origins = {name: one for name, one in _origins(known).items() if name in lived}
     begin = {name: start for name, (start, _, _) in origins.items()}
     for point in known.points:
         begin[point.timeline] = min(point.time, begin.get(point.timeline, point.time))
@@ -156,6 +159,20 @@ def _lanes(known: Known, since: datetime, until: datetime) -> list[Lane]:
             points = tuple(sorted(mine, key=lambda one: (one.time, one.id)))
             lanes.append(Lane(name, max(begin[name], since), min(max(end, since), until), points, parent, origin))
     return lanes
+
+
+def _lived(known: Known) -> set[str]:
+    """The timelines that were the present once. A revert writes its own down before it changes anything, so one that
+    was given up has left a timeline that nothing continues from and of which there is nothing."""
+    parents = {one.id: one.parent for one in known.timelines}
+    signs = [one.timeline for some in (known.points, known.branches, known.spans) for one in some]
+    waiting = {*signs, *known.lived, *(name for name, parent in parents.items() if parent is None)}
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= {one for one in (parents.get(name),) if one is not None} - found
+    return found
 
 
 def _origins(known: Known) -> dict[str, tuple[datetime, str | None, str | None]]:

@@ -888,6 +888,17 @@ def test_a_look_at_a_write_leaves_no_point(web, cut):
     assert web.json("points", "web")[-1]["points"] == 5
 
 
+@pytest.mark.parametrize(("phase", "lanes"), [("FENCED", 1), ("SWITCHED", 2), ("DONE", 1)])
+def test_timeline_draws_the_reverts_that_were(web, phase, lanes):
+    """Promise 2: one that was killed before it changed anything is none; one that runs is one from its switch on."""
+    with Session(Home(web.home)) as session:
+        made = Timeline("t2", UUID, START + timedelta(minutes=5), "aaaa000011112222", "0001abcd00000001")
+        session.repository.put_timeline(made)
+    put_intent(web.home, phase)
+    found = web.json("timeline", "web", "--since", "2026-03-01T12:00Z", "--until", "2026-03-01T12:09Z")
+    assert [one["type"] for one in found].count("lane") == lanes
+
+
 def test_timeline_where_the_output_is_ascii(web):
     done = subprocess.run(
         [sys.executable, "-m", "appliance.cli", "--home", web.home, "timeline", "web", "--since", "2026-03-01"],

@@ -99,6 +99,23 @@ def test_a_timeline_that_only_the_ledger_knows():
     assert (new.timeline, new.start, new.parent, new.origin, new.points) == ("bbbb2222", at(40), "aaaa1111", "a", ())
 
 
+def test_a_revert_that_was_given_up_is_not_drawn():
+    """Promise 2: its timeline is written down before it changes anything; killed before that it never was the present.
+    One that was, and of which no point is left, stays."""
+    points = [point("a", 0), point("c", 90), point("d", 150, "dddd4444")]
+    timelines = [
+        Timeline("aaaa1111", "uuid", at(-5)), Timeline("bbbb2222", "uuid", at(40), "aaaa1111", "a"),
+        Timeline("cccc3333", "uuid", at(100), "aaaa1111", "a"), Timeline("dddd4444", "uuid", at(140), "cccc3333", "c"),
+        Timeline("eeee5555", "uuid", at(160), "dddd4444", "d"),
+    ]  # fmt: skip
+    lanes = tell(Known(points, timelines), at(0), at(200), 10).lanes
+    assert [(one.timeline, one.end) for one in lanes] == [
+        ("aaaa1111", at(100)), ("cccc3333", at(140)), ("dddd4444", at(200)),
+    ]  # fmt: skip
+    lanes = tell(Known(points, timelines, lived=["eeee5555"]), at(0), at(200), 10).lanes
+    assert [one.timeline for one in lanes] == ["aaaa1111", "cccc3333", "dddd4444", "eeee5555"]
+
+
 def test_what_was_forgotten_is_not_drawn_as_captured():
     """A span counts from the first point that is still there with every record behind it."""
     points = [point("a", 0), point("c", 100)]
