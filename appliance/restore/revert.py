@@ -235,7 +235,7 @@ class Reverter:
         name = self._domain.name
         if self._domain.managed_save():
             raise DomainBusy(
-                domain=name, reason="libvirt would go on from its saved memory, which fits only the disks of the present",
+                domain=name, reason="libvirt would go on from its saved memory, which fits only the present disks",
                 hint=f"`virsh start {name}` goes on from it now, `virsh managedsave-remove {name}` gives it up",
             )  # fmt: skip
 
