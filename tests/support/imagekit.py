@@ -47,7 +47,7 @@ _MODULES = {
     "e1000e": "pci:v00008086d000010D3sv00008086sd00000000bc02sc00i00",
 }
 # For roots that are more than a partition.
-_LAYERS = ("raid1", "dm_mod", "dm_crypt", "xts", "aes_generic", "sha256_generic", "algif_skcipher")
+_LAYERS = ("raid1", "dm_mod", "dm_crypt", "ecb", "xts", "aes_generic", "sha256_generic")
 # What is above: the disk's own driver, the file system, and the checksums it asks for by name.
 _ABOVE = ("sd_mod", "sr_mod", "crc32c_generic", "ext4")
 
