@@ -770,6 +770,21 @@ def test_points_for_a_person(web):
     assert lines[5].startswith("gap") and "not captured" in lines[5]
 
 
+def test_a_gap_stands_where_it_begins(web):
+    """Promise 2: between the two points that it lies between, with its beginning and its length, in both forms."""
+    put_capture(web.home)
+    kinds = [(one["type"], one.get("id", one.get("start", ""))[:19]) for one in web.json("points", "web")[:-1]]
+    assert kinds == [
+        ("point", "0000abcd00000000"), ("gap", "2026-03-01T12:00:58"), ("point", "0001abcd00000001"),
+        ("gap", "2026-03-01T12:01:30"), ("point", "0002abcd00000002"), ("point", "0003abcd00000003"),
+        ("gap", "2026-03-01T12:04:00"),
+    ]  # fmt: skip
+    assert web("points", "web") == 0
+    row = web.out.splitlines()[4]
+    begin = (START + timedelta(seconds=90)).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    assert row.startswith("gap") and begin in row and "from then on 1 m not captured: the journal did not" in row
+
+
 def test_points_can_be_narrowed(web):
     assert len([one for one in web.json("points", "web", "--last", "2") if one["type"] == "point"]) == 2
     found = web.json("points", "web", "--since", "2026-03-02")

@@ -45,7 +45,8 @@ def points_command(
     first = points[0].time if points else None
     gaps = [one for one in found.gaps if first is not None and one.end > first]
     rows: list[Summary | Gap] = [*points, *gaps]
-    rows.sort(key=lambda one: one.time if isinstance(one, Summary) else one.end)
+    # A gap begins with the last point before it, or later: it stands behind that.
+    rows.sort(key=lambda one: (one.time, False) if isinstance(one, Summary) else (one.start, True))
     if context.output.json:
         for row in rows:
             context.output.emit(_record(found.domain, row))
@@ -70,7 +71,7 @@ def _record(domain: str, row: Summary | Gap) -> records.Point | records.Gap:
 def _line(row: Summary | Gap) -> tuple[str, ...]:
     if isinstance(row, Gap):
         length = format_duration((row.end - row.start).total_seconds())
-        return ("gap", clock(row.end), "", "", "", "", "", "", f"{length} not captured: {row.reason}")
+        return ("gap", clock(row.start), "", "", "", "", "", "", f"from then on {length} not captured: {row.reason}")
     said = "; ".join((row.label, *row.notes)).strip("; ")
     return (
         row.id, clock(row.time), row.consistency, row.reason, row.timeline[:8], format_size(row.changed_bytes),
