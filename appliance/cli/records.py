@@ -63,6 +63,7 @@ class Protected(Record):
     already: bool
     continuous: bool
     max_added_latency_seconds: float | None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class _Asked:
 
     def point(self) -> Point:
         for one in when.outdone(self._known.points, self._text):
-            self._session.say(f"{self._text.strip()!r} means what it says; the point with that label is {one.id}")
+            self._session.warn(f"{self._text.strip()!r} means what it says; the point with that label is {one.id}")
         if not (self._known.points and self._ledger.spans()) or when.named(self._known.points, self._text):
             return self.as_ever()
         number = instant.number_of(self._text.removesuffix("?"))
@@ -153,7 +153,7 @@ class _Asked:
         start = self._unseen(self._ledger.spans(), number)
         if start is None:
             return self._at_number(number)
-        self._session.say(f"write {number} came after the capture was last seen to be whole: a disk may lack writes")
+        self._session.warn(f"write {number} came after the capture was last seen to be whole: a disk may lack writes")
         return materialise(self._session, self._known.uuid, start, number, instant.UNSEEN, self._passing)
 
     def _unseen(self, spans: Sequence[CapturedSpan], number: int) -> instant.Start | None:

@@ -93,7 +93,7 @@ def protect(
             _tell_dangers(session, domain, targets)  # as long as a bare QEMU's monitor is ours
         tap.ensure(session, made)
         if begins:
-            session.say(
+            session.warn(
                 "while every write is recorded QEMU drops the guest's discards: trim its disks in a `rewind pause`"
             )
     elif found is not None and found.continuous:
@@ -110,7 +110,7 @@ def _fence(session: Session, domain: Domain) -> None:
     except FenceError as error:
         remedy = error.message
     if remedy:
-        session.say(f"before a revert: {remedy}")
+        session.warn(f"before a revert: {remedy}")
 
 
 def _protectable(domain: Domain, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def _tell_dangers(session: Session, domain: Domain, targets: Sequence[str]) -> N
     iothread = any(disk.iothread for disk in domain.disks() if disk.target in targets)
     for one in known.defects(version, iothread):
         if one.mirror or one.others:
-            session.say(f"QEMU {'.'.join(map(str, version))}: {one.what}; {one.remedy}")
+            session.warn(f"QEMU {'.'.join(map(str, version))}: {one.what}; {one.remedy}")
 
 
 def unprotect(session: Session, name: str, wait: float = 0.0) -> tuple[Protection, int]:
@@ -239,7 +239,7 @@ def _warn_of_label(session: Session, record: Protection, label: str) -> None:
     same = [one for one in session.catalogue.points(record.uuid, measure=False) if one.label == label]
     if same:
         when = same[-1].time.astimezone().isoformat(sep=" ", timespec="seconds")
-        session.say(
+        session.warn(
             f"the label {label!r} has point {same[-1].id} of {when} already: from now on"
             f" `--to {label}` is ambiguous, and only ids tell the {len(same) + 1} points apart"
         )

@@ -49,8 +49,9 @@ def _where_is_it(url: str) -> str:
 
 
 class Session:
-    """`connect` overrides the settings' URI. `say` gets sentences for a person while a verb waits, `ask`
-    shows a prompt and gives the secret that was typed; None when nobody is there. `key` saves unlocking it again."""
+    """`connect` overrides the settings' URI. `say` gets sentences for a person while a verb works, `warnings` has those
+    that a program should know, too; `ask` shows a prompt and gives the secret that was typed; None when nobody is
+    there. `key` saves unlocking it again."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Session:
         self.settings_file = settings_file
         if key is not None:
             self.key = key
+        self.warnings: list[str] = []
         self._stack = ExitStack()
         self._hypervisors: dict[str, Hypervisor] = {}
         self._kept = False
@@ -84,6 +86,12 @@ class Session:
 
     def close(self) -> None:
         self._stack.close()
+
+    def warn(self, text: str) -> None:
+        """Say once what one should know of what is done, and keep it for the verb's record."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.say(text)
 
     @cached_property
     def settings(self) -> Settings:

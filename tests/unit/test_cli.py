@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -566,8 +567,6 @@ class Cut:
 @pytest.fixture
 def cut(monkeypatch):
     """Revert and undo reach no hypervisor; they do what is given and are interrupted."""
-    from contextlib import nullcontext
-
     def set_up(first=lambda: None):
         monkeypatch.setattr("appliance.service.recovery._reverter", lambda *_args, **_options: Cut(first))
         monkeypatch.setattr(Session, "claim", lambda *_args, **_options: nullcontext())
@@ -729,6 +728,30 @@ def test_a_label_that_is_used_already_is_told_when_the_point_is_taken(web):
     assert "has point" not in web.err
 
 
+def test_a_program_reads_the_warnings_that_a_person_is_told(web, monkeypatch):
+    """Each once: of a label that is used already, of a hook that libvirt has not noticed, of a label that loses."""
+    from types import SimpleNamespace
+
+    from appliance.capture import epoch
+    from appliance.restore import fence
+
+    monkeypatch.setattr(Session, "hypervisor", lambda *_: SimpleNamespace(domain=lambda _: Off()))
+    monkeypatch.setattr(Session, "claim", lambda *_args, **_options: nullcontext())
+    with Session(Home(web.home)) as session:
+        taken = epoch.Taken(replace(session.repository.points()[-1], notes=("healed",)), None)
+    monkeypatch.setattr(epoch, "take", lambda *_args, **_options: taken)
+    healed, warning = web.json("point", "web", "--label", "before-upgrade")[0]["notes"]
+    assert healed == "healed" and warning.startswith("the label 'before-upgrade' has point 0001abcd00000001")
+    assert web("point", "web", "--label", "before-upgrade") == 0
+    assert (web.out.count("has point"), web.err.count("has point")) == (0, 1)
+    monkeypatch.setattr(fence, "install", lambda *_: SimpleNamespace(remedy="libvirt has not noticed its first hook"))
+    monkeypatch.setattr(Off, "uri", "qemu:///system")
+    found = web.json("protect", "web")[0]
+    assert found["warnings"] == ["before a revert: libvirt has not noticed its first hook"]
+    assert web("protect", "web") == 0
+    assert (web.out.count("noticed"), web.err.count("noticed")) == (0, 1)
+
+
 @pytest.mark.parametrize("label", ["latest", "10m ago", "#5", "14:02", "2026-03-01", NEWEST[:4] + "0" * 16])
 def test_a_label_that_names_an_instant_is_refused(web, label):
     """Promise 1: `revert --to latest` must never go to a point that somebody has called so."""
@@ -745,6 +768,7 @@ def test_a_label_of_before_does_not_win_over_what_it_says(web, cut):
     assert web("revert", "web", "--to", "latest", "--dry-run") == 0
     assert f"web to {NEWEST}" in web.out
     assert "the point with that label is 0000abcd0000ffff" in web.err
+    assert "0000abcd0000ffff" in web.json("revert", "web", "--to", "latest", "--dry-run")[0]["notes"][0]
 
 
 # --- history --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,7 @@ def protect_command(
     record = made.record
     result = records.Protected(
         record.domain, record.uuid, record.uri, made.targets, record.every, record.quiesce, made.already,
-        record.continuous, record.max_added_latency,
+        record.continuous, record.max_added_latency, tuple(session.warnings),
     )  # fmt: skip
     when = f"every {format_duration(record.every)}, by `rewind daemon`" if record.every else "when asked"
     recorded = "every write recorded, " if record.continuous else ""
@@ -151,7 +152,9 @@ def point_command(
     with context.session() as session, context.output.meter(f"point of {domain}") as meter:
         taken = point(session, domain, label=label, quiesce=quiesce, rate=rate, wait=wait, progress=meter.update)
     record = point_record(taken)
-    context.output.emit(record, _taken(record))
+    # A person has read the warnings already.
+    told = replace(record, notes=(*record.notes, *session.warnings))
+    context.output.emit(told, _taken(record))
 
 
 def _taken(record: records.Point) -> str:

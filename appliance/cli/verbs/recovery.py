@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -97,7 +98,7 @@ def revert_command(
             # Who says no, too, leaves no point behind; with --yes the revert follows and finds what was made.
             passing = dry_run or not yes
             planned = recovery.plan(session, domain, when, disks, instant=instant, rate=rate or 0, passing=passing)
-            _show_plan(context, planned, always=dry_run)
+            _show_plan(context, planned, always=dry_run, warnings=session.warnings)
             if dry_run:
                 return
             _confirm(action, planned, yes)
@@ -106,7 +107,7 @@ def revert_command(
                 session, domain, when, disks, instant=instant, background=background, rate=rate or 0, wait=wait,
                 progress=meter.update,
             )  # fmt: skip
-    _show_result(context, result)
+    _show_result(context, result, session.warnings)
 
 
 @verb("undo", *_MANY, NothingToUndo)
@@ -185,11 +186,12 @@ def _confirm(action: str, planned: Plan, yes: bool) -> None:
         raise NotConfirmed(action=action)
 
 
-def _show_plan(context: Context, planned: Plan, always: bool) -> None:
+def _show_plan(context: Context, planned: Plan, always: bool, warnings: Sequence[str] = ()) -> None:
     disks = tuple(records.DiskBytes(*one) for one in planned.disks)
     record = records.RevertPlan(
         planned.domain, planned.uuid, planned.point, planned.time, planned.mode, disks, planned.changed_bytes,
-        planned.extents, planned.expected_seconds, planned.files, planned.notes, planned.compared,
+        planned.extents, planned.expected_seconds, planned.files,
+        (*planned.notes, *warnings), planned.compared,
     )  # fmt: skip
     expected = f", about {format_duration(planned.expected_seconds)}" if planned.expected_seconds is not None else ""
     lines = [f"{planned.domain} to {planned.point} of {clock(planned.time)}, {planned.mode}{expected}"]
@@ -204,8 +206,10 @@ def _show_plan(context: Context, planned: Plan, always: bool) -> None:
         context.output.emit(record, "\n".join(lines))
 
 
-def _show_result(context: Context, result: Result) -> None:
-    record = records.Reverted(**{name: getattr(result, name) for name in _FIELDS})
+def _show_result(context: Context, result: Result, warnings: Sequence[str] = ()) -> None:
+    """`warnings` were told to a person before."""
+    told = replace(result, notes=(*result.notes, *warnings))
+    record = records.Reverted(**{name: getattr(told, name) for name in _FIELDS})
     lines = [_STATES[result.state].format(domain=result.domain, point=result.point)]
     less = result.state == "done" and result.moved_bytes < result.changed_bytes
     why = " (zeroes and what the guest overwrote move nothing)" if less else ""
