@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import AlreadyExists, DriversMissing, ImageError, NotSigned
+from appliance.errors import DriversMissing, ImageError, NotSigned, TargetExists
 from images.media.base import Medium, Parts, SignedChain, check_command_line, medium
 from images.media.pe import is_signed
 from images.model import Firmware, Plan
@@ -76,7 +76,7 @@ def build_image(
     """Build all `media` of one plan into `folder`, which must not exist. `tree` is the client's.
 
     Same point, target, template and settings: same digests. Builds in several threads or processes do not meet.
-    Raises DriversMissing, NotSigned, AlreadyExists, GuestUnreadable, ImageError, ToolFailed; nothing is left then.
+    Raises DriversMissing, NotSigned, TargetExists, GuestUnreadable, ImageError, ToolFailed; nothing is left then.
     """
     clock = _Clock()
     chosen = _refuse_first(plan, media, folder)
@@ -115,7 +115,7 @@ def _refuse_first(plan: Plan, media: Sequence[str], folder: Path) -> list[Medium
             release=plan.client.release, host=plan.client.host, devices=devices, target=plan.inventory.name
         )
     if folder.exists():
-        raise AlreadyExists(what=f"folder {folder}")
+        raise TargetExists(path=folder)
     if not media:
         raise ImageError(reason="no medium is asked for")
     check_command_line(plan.command_line)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from appliance.errors import AlreadyExists, ImageError, NoSuchTemplate
+from appliance.errors import ImageError, NoSuchTemplate, TargetExists
 from appliance.process import run
 from images.template import apt, loaders, userland
 
@@ -88,10 +88,10 @@ def build_template(folder: Path, *, kernel: str | Path = DEFAULT_KERNEL) -> Temp
     """Make a template in `folder`, which must not exist. Some minutes, and a download of some 150 MB.
 
     `kernel`: a Debian package by name, which is downloaded; a .deb file; or a root folder (`/`) whose newest kernel is
-    taken. Raises AlreadyExists, ImageError, ToolFailed; nothing is left then.
+    taken. Raises TargetExists, ImageError, ToolFailed; nothing is left then.
     """
     if folder.exists():
-        raise AlreadyExists(what=f"template folder {folder}")
+        raise TargetExists(path=folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

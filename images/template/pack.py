@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import zstandard
 
-from appliance.errors import AlreadyExists, ImageError
+from appliance.errors import ImageError, TargetExists
 from images.template.build import Template, files_of, load_template
 
 __all__ = ["pack", "unpack"]
@@ -42,10 +42,10 @@ def pack(template: Template, file: Path) -> None:
 
 
 def unpack(file: Path, folder: Path) -> Template:
-    """The template in `file`, unpacked as `folder`, which must not exist. Raises AlreadyExists, and ImageError when the
+    """The template in `file`, unpacked as `folder`, which must not exist. Raises TargetExists, and ImageError when the
     file is no template or its content is not that of its id; nothing is left then."""
     if folder.exists():
-        raise AlreadyExists(what=f"template folder {folder}")
+        raise TargetExists(path=folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

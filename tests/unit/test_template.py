@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from appliance.errors import AlreadyExists, DriversMissing, GuestUnreadable, ImageError, NoSuchTemplate, NotSigned
+from appliance.errors import DriversMissing, GuestUnreadable, ImageError, NoSuchTemplate, NotSigned, TargetExists
 from images.build import build_image
 from images.model import Decision, Firmware, Layer, Mount, Role, Verdict
 from images.template import modules
@@ -136,7 +136,7 @@ def test_packed_template_comes_back(template, tmp_path):
     assert back.manifest == manifest
     assert content_id(back.folder) == manifest.id == load_template(back.folder, check=True).id
     assert os.access(back.userland / "init", os.X_OK)
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(TargetExists):
         unpack(tmp_path / "one", tmp_path / "back")
 
 
@@ -404,5 +404,5 @@ def test_failure_in_the_middle_leaves_nothing(template, client, plan, tmp_path, 
         build_image(plan, client.tree(), template, media=["uki", "esp"], folder=tmp_path / "x")
     assert _refused(tmp_path)
     (tmp_path / "x").mkdir()
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(TargetExists):
         build_image(plan, client.tree(), template, media=["uki"], folder=tmp_path / "x")
