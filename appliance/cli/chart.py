@@ -164,6 +164,10 @@ def costs(now: records.Capture) -> list[str]:
     parts = []
     if now.near_seconds is not None and now.far_seconds == now.near_seconds:
         parts.append(f"{format_duration(now.near_seconds)} would be lost")
+    elif now.far_reason:
+        how = " in a power cut" if now.journal else ""
+        parts += [] if now.near_seconds is None else [f"{format_duration(now.near_seconds)} would be lost{how}"]
+        parts.append(now.far_reason)
     else:
         lost = ((now.near_seconds, "in a power cut"), (now.far_seconds, "with the host"))
         parts += [f"{format_duration(seconds)} would be lost {how}" for seconds, how in lost if seconds is not None]

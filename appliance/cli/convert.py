@@ -55,5 +55,5 @@ def capture_record(one: Capturing | None) -> records.Capture | None:
     last = records.LastGap(gap.start, gap.end, (gap.end - gap.start).total_seconds(), gap.reason) if gap else None
     return records.Capture(
         one.mode, one.reason, one.near, one.far, one.journal, one.sequence, one.durable, one.latency, one.spool_bytes,
-        one.spool_limit, one.shipped_bytes, last,
+        one.spool_limit, one.shipped_bytes, last, one.far_reason,
     )  # fmt: skip

@@ -142,6 +142,7 @@ class Capture:
     spool_limit_bytes: int | None
     shipped_bytes: int | None
     last_gap: LastGap | None
+    far_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

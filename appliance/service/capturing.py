@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from appliance.errors import JournalError, RewindError, SequenceMissing
+from appliance.store.backend.place import on_this_host
 from appliance.timeline.catalogue import Gap, Summary, gaps
 from appliance.timeline.ledger import Ledger
 from appliance.timeline.spans import CapturedSpan
@@ -36,7 +37,8 @@ class Capturing:
     faster than it is emptied), `waiting` (every write is wanted and not recorded now), `paused`; `reason` says why.
 
     `near` and `far` are what would be lost now, in seconds of the newest history: with this host's memory, and with the
-    whole host. `latency` is the journal's part of one write of a hundred, in seconds. None where nothing is known.
+    whole host. `latency` is the journal's part of one write of a hundred, in seconds. None where nothing is known;
+    `far_reason` says why there is no number for the host: what it keeps itself is lost with it, all of it.
     """
 
     mode: str
@@ -52,6 +54,7 @@ class Capturing:
     shipped_bytes: int | None = None
     last_gap: Gap | None = None
     notes: tuple[str, ...] = ()
+    far_reason: str = ""
 
 
 def missing(
@@ -82,7 +85,12 @@ def capturing(
     age = max(0.0, (moment - points[-1].time).total_seconds()) if points else None
     spans = Ledger(session.home.ledger(record.uuid)).spans()
     found = missing(points, record.every, spans, record.continuous, moment)
-    made = Capturing("epochs" if record.every else "manual", near=age, far=age, last_gap=found[-1] if found else None)
+    kind = on_this_host(str(session.instance["url"]))
+    lost = f"the repository is on this host ({kind}): all would be lost with it" if kind else ""
+    made = Capturing(
+        "epochs" if record.every else "manual", near=age, far=None if lost else age,
+        last_gap=found[-1] if found else None, far_reason=lost,
+    )  # fmt: skip
     running = tap.current(session.home, record.uuid) if record.continuous else None
     if paused_until(session.home, record.uuid) is not None:
         return replace(made, mode="paused", reason="asked to step aside")
@@ -116,7 +124,7 @@ def _attached(
         far, shipped = _far(session, record, running, status, points, now)
     except (RewindError, OSError) as error:
         return replace(made, far=None, notes=(f"how much is far away is not known: {error}",))
-    return replace(made, far=far, shipped_bytes=shipped)
+    return replace(made, far=None if made.far_reason else far, shipped_bytes=shipped)
 
 
 def _near(status: State, spans: Sequence[CapturedSpan], now: datetime) -> float | None:

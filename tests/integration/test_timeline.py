@@ -34,16 +34,20 @@ def standing(tapped):
 
 
 @pytest.mark.timeout(120)
-def test_how_a_live_capture_stands_and_what_it_tells(tapped, capsys):
+def test_how_a_live_capture_stands_and_what_it_tells(tapped, capsys, monkeypatch):
     """P5-37, P5-42: achieved RPO near and far, added latency, bytes; a killed journal is a gap with its reason."""
     first = tapped.spans()[-1].last
     tapped.until(lambda: tapped.spans()[-1].last > first + 100, "nothing is recorded")
     mark = tapped.running.control().mark("before the fault")
+    monkeypatch.setattr("appliance.service.capturing.on_this_host", lambda _url: "")  # a repository that is elsewhere
     shipped = tapped.until(lambda: (now := standing(tapped)).shipped_bytes and now, "nothing is shipped")
     assert (shipped.mode, shipped.reason, shipped.journal) == ("tap", "", tapped.running.journal)
     assert shipped.sequence >= shipped.durable >= first
     assert shipped.near is not None and 0 <= shipped.near < 20
     assert shipped.far is not None and 0 <= shipped.far < 60
+    monkeypatch.undo()
+    here = standing(tapped)
+    assert here.far is None and here.far_reason.startswith("the repository is on this host (") and here.shipped_bytes
     assert 0 < shipped.latency < 5
     assert 0 < shipped.spool_bytes < shipped.spool_limit <= 16 << 30  # less on a disk with less room
 

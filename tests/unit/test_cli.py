@@ -986,13 +986,22 @@ def test_status_shows_how_the_capture_stands(web):
     by_clock = web.json("status")[1]
     assert by_clock["capture"]["mode"] == "epochs"
     assert abs(by_clock["capture"]["near_seconds"] - by_clock["age_seconds"]) < 1
-    assert by_clock["capture"]["far_seconds"] == by_clock["capture"]["near_seconds"]
+    assert by_clock["capture"]["far_seconds"] is None
+    assert by_clock["capture"]["far_reason"].startswith("the repository is on this host (")
     assert by_clock["capture"]["last_gap"]["reason"] == "no point was taken"
     put_capture(web.home)
     wanted = web.json("status")[1]["capture"]
     assert (wanted["mode"], wanted["journal"], wanted["spool_bytes"]) == ("waiting", None, None)
     assert web("status") in (0, 1)
     assert "waiting" in web.out and "the process that captures is not there" in web.out
+
+
+def test_a_repository_elsewhere_has_a_far_figure(web, monkeypatch):
+    monkeypatch.setattr("appliance.service.capturing.on_this_host", lambda _url: "")
+    found = web.json("status")[1]["capture"]
+    assert found["far_seconds"] == found["near_seconds"] and found["far_reason"] == ""
+    monkeypatch.setattr("appliance.service.doctor.host.on_this_host", lambda _url: "")
+    assert not [one for one in web.json("--connect", DEAD, "doctor") if "is on this host" in one.get("finding", "")]
 
 
 def test_the_catalogue_may_be_deleted_at_any_time(web):
@@ -1102,6 +1111,7 @@ def test_doctor_never_fails_but_says_what_is_wrong(web):
     assert all(one["remedy"] for one in found[:-1] if one["status"] == "warn")
     by_name = {one["name"]: one for one in found[:-1]}
     assert "copy of the key" in by_name["key"]["finding"]
+    assert [one["status"] for one in found[:-1] if "is on this host" in one["finding"]] == ["warn"]
     assert web.code in (1, 2)
     web("key", "export", web.home.parent / "copy")
     found = web.json("--connect", DEAD, "doctor")

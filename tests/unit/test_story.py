@@ -233,6 +233,13 @@ def capture(mode, **more):
 def test_how_it_stands_in_a_sentence():
     """P5-42: what the capture adds to a write is shown; achieved RPO near and far."""
     assert standing(None) == []
+    here = "the repository is on this host (ext4): all would be lost with it"
+    assert standing(capture("tap", near_seconds=0.4, journal="ab", far_reason=here)) == [
+        f"now: every write is captured, 400 ms would be lost in a power cut, {here}"
+    ]
+    assert standing(capture("epochs", near_seconds=200.0, far_reason=here)) == [
+        f"now: points are taken by the clock, 3 m 20 s would be lost, {here}"
+    ]
     assert standing(capture("epochs", near_seconds=200.0, far_seconds=200.0)) == [
         "now: points are taken by the clock, 3 m 20 s would be lost"
     ]

@@ -17,6 +17,7 @@ from appliance.process import run
 from appliance.service import keys
 from appliance.service.doctor import known
 from appliance.service.doctor.finding import Check, fail, ok, warn
+from appliance.store.backend.place import on_this_host
 from appliance.units import GiB, MiB, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -90,7 +91,14 @@ def repository(session: Session) -> Iterator[Check]:
         raise
     count = sum(session.catalogue.count().values())
     took = format_duration(time.monotonic() - began)
-    yield ok("repository", f"{session.instance['url']} opens, {count} points listed in {took}")
+    url = str(session.instance["url"])
+    yield ok("repository", f"{url} opens, {count} points listed in {took}")
+    if kind := on_this_host(url):
+        yield warn(
+            "repository", f"{url} is on this host ({kind}): what takes the host takes every point with it",
+            "keep a copy of that folder elsewhere, or begin in another home: `rewind --home DIR init --repository URL`"
+            " with a folder of a network file system or s3://…",
+        )  # fmt: skip
 
 
 def space(session: Session) -> Iterator[Check]:
