@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from appliance.config import Home
 from appliance.process import lives, run
 from appliance.restore import hydrate
 from tests.guests import clients
-from tests.support import libvirt
+from tests.support import libvirt, world
 from tests.support.imageproof import boot, compare, expected, watch
 from tests.support.imagery import Imagery
 from tests.support.limits import limit
@@ -27,13 +28,15 @@ from tests.support.targets import TARGETS, Medium
 OVMF = Path("/usr/share/OVMF")
 
 
-@pytest.fixture(scope="module", params=["mbr"])
-def imagery(request, tmp_path_factory):
-    from tests.support import world
-
+@pytest.fixture(scope="module")
+def imagery(libvirt_uri, request):
+    """Of the first client, or of the one that a test asks for."""
     images = world.images_folder("image")
-    with Imagery(images, clients.build(request.param)) as found:
-        yield found
+    try:
+        with Imagery(images, clients.build(getattr(request, "param", "mbr"))) as found:
+            yield found
+    finally:
+        shutil.rmtree(images, ignore_errors=True)
 
 
 def proves(imagery, target, instant, folder):
@@ -51,12 +54,71 @@ def proves(imagery, target, instant, folder):
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    ("name", "instant"), [("nvme-vmxnet3-uefi", "second"), ("ahci-e1000e-bios", "first")]
-)
-def test_a_point_boots_on_other_hardware(imagery, name, instant, tmp_path):
-    """P6-07 to P6-15, P6-27, I1: exactly one kernel, the client's own; its state is that of the point."""
+def test_a_point_boots_on_other_hardware(imagery, tmp_path):
+    """P6-07 to P6-15, P6-27, I1, one cell of the matrix: exactly one kernel, the client's own; its state is that of the
+    point."""
+    proves(imagery, TARGETS["nvme-vmxnet3-uefi"], "second", tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("imagery", ["mbr", "dracut"], indirect=True)
+@pytest.mark.parametrize("instant", ["first", "second"])
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_the_matrix(imagery, name, instant, tmp_path):
+    """I1: every target, both clients, both instants."""
     proves(imagery, TARGETS[name], instant, tmp_path)
+
+
+@pytest.mark.timeout(120)
+def test_two_instants_and_two_targets_give_four_images(imagery, tmp_path):
+    """P6-05, P6-07, P6-08, P6-10, P6-11, P6-15, I2: what is in an image is what the plan says; again gives the same."""
+    digests = {}
+    targets = [TARGETS["nvme-vmxnet3-uefi"], TARGETS["megasas-rtl8139-bios"]]
+    for target in targets:
+        imagery.add_target(target)
+        for instant in ("first", "second"):
+            built = imagery.build(target, instant, "usb", tmp_path / f"{target.name}-{instant}")
+            plan = imagery.plan(target, instant)
+            assert built["modules"] == plan["load"]
+            assert set(target.modules[:1]) <= {Path(one).name.split(".")[0].replace("-", "_") for one in plan["load"]}
+            assert plan["counts"]["out"] > 1000
+            digests[target.name, instant] = {one["name"]: one["sha256"] for one in built["files"]}
+            report = json.loads((tmp_path / f"{target.name}-{instant}" / "report.json").read_text())["run"]
+            assert report["template_created"] < report["requested"] < report["created"]
+    assert len({one["usb"] for one in digests.values()}) == 4
+    again = imagery.build(targets[0], "first", "usb", tmp_path / "again")
+    assert {one["name"]: one["sha256"] for one in again["files"]} == digests[targets[0].name, "first"]
+
+
+@pytest.mark.timeout(120)
+def test_bad_input_is_told_in_one_sentence(imagery, tmp_path):
+    """Every verb of `image`: one sentence, a hint, its exit code, and nothing is written."""
+    imagery.add_target(TARGETS["nvme-vmxnet3-uefi"])
+    at = ("--at", imagery.points["first"])
+    new, nvme = tmp_path / "new", ("--target", "nvme-vmxnet3-uefi")
+    cases = [
+        (61, ("image", "plan", imagery.name, *at, "--target", "nobody")),
+        (62, ("image", "plan", imagery.name, *at, *nvme, "--template", "ffff")),
+        (41, ("image", "plan", imagery.name, "--at", "feedbeef", *nvme)),
+        (22, ("image", "plan", "nobody", *at, *nvme)),
+        (60, ("image", "build", imagery.name, *at, *nvme, "--media", "tape", "--into", new)),
+        (55, ("image", "build", imagery.name, *at, *nvme, "--into", tmp_path)),
+        (15, ("image", "start", imagery.name, *at, *nvme, "--name", "n", "--into", new)),
+        (35, ("image", "target", "add", "nvme-vmxnet3-uefi", "--profile", "generic-uefi")),
+        (3, ("image", "target", "add", "two", "--profile", "generic-uefi", "--domain", imagery.name)),
+        (63, ("image", "target", "add", "x", "--profile", "abacus")),
+        (61, ("image", "target", "remove", "nobody")),
+        (62, ("image", "template", "remove", "nobody")),
+        (60, ("image", "drivers", "remove", "nobody")),
+        (3, ("image", "forget", "nobody")),
+    ]  # fmt: skip
+    for code, words in cases:
+        (line,) = imagery.rewind(*words, code=code)
+        print(line["message"], "|", line["hint"])
+        assert line["type"] == "error"
+        assert "?" not in line["message"] and "\n" not in line["message"]
+    assert not (tmp_path / "x").exists()
 
 
 _HARDWARE = """<domain type="qemu"><name>rack</name><memory unit="MiB">768</memory><vcpu>2</vcpu>

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,37 +53,60 @@ def template_file() -> Path:
 
 
 class Imagery:
-    """`images` is a folder that libvirt's QEMU may read. Everything it starts ends with the context."""
+    """`images` is a folder that libvirt's QEMU may read. Everything it starts ends with the context.
+
+    The home with its two points is made once for each client and kept in the cache, but for what a home makes again by
+    itself: taking them reads the whole disk twice.
+    """
 
     def __init__(self, images: Path, client: ClientFiles) -> None:
         self.client, self.images = client, images
         self.name = f"client-{client.name}"
-        self.home = Path(tempfile.mkdtemp(prefix="rwi"))
+        # Always the same, since a home says where its repository is; in the private world nobody else has it.
+        self.home = Path(tempfile.gettempdir()) / f"imagery-{client.name}"
+        self.points: dict[str, str] = {}
+        self._uri = ""
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Imagery:
-        uri = libvirt.start()
-        self._base = [sys.executable, "-m", "appliance.cli", "--home", str(self.home), "--connect", uri, "--json"]
-        self._uri = uri
-        self.points = {}
+        self._uri = libvirt.start()
+        kept = packages.cached(f"imagery-{self.client.folder.name}-1", self._make)
+        subprocess.run(["cp", "-a", kept / "home", self.home], check=True)
+        self.points = json.loads((kept / "points.json").read_text())
         with contextlib.ExitStack() as stack:
-            disk = self.images / f"{self.name}.qcow2"
-            self._define(disk)
+            stack.callback(shutil.rmtree, self.home)
+            self._define(self.images / f"{self.name}.qcow2")
             stack.callback(libvirt.virsh, "undefine", self.name)
-            self.rewind("init", "--repository", self.home / "repo")
-            self._take(disk, "first")
-            self.rewind("protect", self.name)
-            for instant in ("first", "second"):
-                self._take(disk, instant)
-                (point,) = [one for one in self.rewind("point", self.name) if one["type"] == "point"]
-                self.points[instant] = point["id"]
+            for name in ("cache", "run", "log"):
+                (self.home / name).mkdir(exist_ok=True)
             self._keep_template()
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        subprocess.run(["rm", "-rf", self.home], check=True)
+
+    def _make(self, folder: Path) -> None:
+        """The home and its points, by the program itself, of a domain that is shut off."""
+        disk, points = self.images / f"{self.name}.qcow2", {}
+        self.home.mkdir()
+        try:
+            self._put(disk, "first")
+            self._define(disk)
+            self.rewind("init", "--repository", self.home / "repo")
+            self.rewind("protect", self.name)
+            for instant in ("first", "second"):
+                self._put(disk, instant)
+                (point,) = [one for one in self.rewind("point", self.name) if one["type"] == "point"]
+                points[instant] = point["id"]
+            libvirt.virsh("undefine", self.name)
+            for name in ("cache", "run", "log"):
+                shutil.rmtree(self.home / name)
+            subprocess.run(["cp", "-a", self.home, folder / "home"], check=True)
+            (folder / "points.json").write_text(json.dumps(points))
+        finally:
+            disk.unlink(missing_ok=True)
+            shutil.rmtree(self.home)
 
     def _define(self, disk: Path) -> None:
         origin = ORIGINS[self.client.name]
@@ -102,8 +126,8 @@ class Imagery:
         path.write_text(text)
         return path
 
-    def _take(self, disk: Path, instant: str) -> None:
-        """Put the disk into that state, as whole new image: what a restore from elsewhere looks like."""
+    def _put(self, disk: Path, instant: str) -> None:
+        """The disk in that state, as a whole new image: what a restore from elsewhere looks like."""
         disk.unlink(missing_ok=True)
         subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.client.disk(instant), disk], check=True)
         os.chmod(disk, 0o666)
@@ -114,15 +138,16 @@ class Imagery:
 
         with self.session() as session:
             folder = session.home.cache / "templates"
-            folder.mkdir()
+            folder.mkdir(parents=True)
             found = pack.unpack(template_file(), folder / "new")
             (folder / "new").rename(folder / found.id)
             Shelf(session, "templates").put(found.id, found.manifest.model_dump(mode="json"), template_file())
 
     def rewind(self, *words: object, code: int = 0, timeout: float = 300) -> list[dict[str, Any]]:
         """The lines of one call of the program."""
+        base = [sys.executable, "-m", "appliance.cli", "--home", str(self.home), "--connect", self._uri, "--json"]
         done = subprocess.run(
-            [*self._base, *map(str, words)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            [*base, *map(str, words)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=timeout,
         )  # fmt: skip
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -32,6 +32,7 @@ from appliance.errors import (
     NotRecoverable,
     NotSigned,
     NotSupported,
+    TargetExists,
     ToolFailed,
     WrongKey,
 )
@@ -325,7 +326,7 @@ def _emit_plan(context: Context, planned: Planned, all_of: bool) -> None:
     context.output.emit(record, "\n".join(lines))
 
 
-@verb("build", *_POINT, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, AlreadyExists, ImageError, NoSpace)
+@verb("build", *_POINT, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, TargetExists, ImageError, NoSpace)
 @domain_argument()
 @_WHEN
 @_TARGET
@@ -363,7 +364,7 @@ def _build(context: Context, domain: str, when: str, target: str, template: str,
 
 
 @verb("start", *_POINT, ConnectError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, AlreadyExists,
-      NotSupported, ImageError, NoSpace)  # fmt: skip
+      TargetExists, NotSupported, ImageError, NoSpace)  # fmt: skip
 @domain_argument()
 @_WHEN
 @_TARGET
