@@ -67,6 +67,7 @@ class Daemon:
         self._session, self._tell = session, tell
         self._home = session.home
         self._times: dict[str, float] = {}  # point → its time; touched by the loop's thread only
+        self._gone: set[str] = set()  # points that were forgotten, and told; touched by the loop's thread only
         self._telling = threading.Lock()
         self._wake, self._stop = threading.Event(), threading.Event()
         self._tried: dict[str, tuple[float, int]] = {}  # uuid → (when, failures in a row); guarded by _telling
@@ -168,7 +169,15 @@ class Daemon:
         if record.last_point not in self._times:
             try:
                 moment = self._session.repository.point(record.last_point).time.timestamp()
-            except (NoSuchPoint, StoreError) as error:
+            except NoSuchPoint:
+                if record.last_point not in self._gone:
+                    self._gone.add(record.last_point)
+                    log.warning(
+                        "%s: point %s was forgotten, so the next one is due now and reads the whole disks",
+                        record.domain, record.last_point,
+                    )  # fmt: skip
+                return None
+            except StoreError as error:
                 log.warning("newest point of %s: %s", record.domain, error)
                 return None
             self._times = {**self._times, record.last_point: moment}

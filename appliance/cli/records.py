@@ -405,6 +405,7 @@ class Forget(Record):
     time: datetime
     keep: bool
     reasons: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

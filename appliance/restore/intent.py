@@ -38,7 +38,7 @@ from appliance.model import MapRef
 
 __all__ = [
     "DiskIntent", "Intent", "Phase", "discard", "drive_lock", "driven", "load", "pending", "refuse_if_under_way",
-    "save", "set_aside", "tidy",
+    "save", "set_aside", "tidy", "undo_point",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -176,6 +176,12 @@ def pending(home: Home) -> list[Intent]:
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     found = [load(home, name) for name in names]
     return [intent for intent in found if intent is not None and not intent.ended]
+
+
+def undo_point(home: Home, uuid: str) -> str | None:
+    """The point that an undo of the last revert goes to; None when there is no revert that could be undone now."""
+    last = load(home, uuid)
+    return last.safety_point or None if last is not None and last.ended and not last.rolling_back else None
 
 
 def refuse_if_under_way(home: Home, uuid: str, domain: str) -> None:

@@ -180,14 +180,23 @@ class Reverter:
         return self.plan(safety, names, instant=instant, rate=rate)
 
     def _undone(self) -> tuple[Point, tuple[str, ...]]:
-        """Where the last revert came from, and the disks that it took along (none named: all)."""
+        """Where the last revert came from, and the disks that it took along (none named: all). Raises NothingToUndo,
+        NoSuchPoint when that was forgotten."""
         last = intents.load(self._home, self._domain.uuid)
         if last is None or (last.ended and (last.rolling_back or not last.safety_point)):
             raise NothingToUndo(domain=self._domain.name)
         if not last.ended:
             raise RevertUnderWay(domain=self._domain.name, point=last.point)
         names = () if last.whole else tuple(disk.target for disk in last.disks)
-        return self._repo.point(last.safety_point), names
+        try:
+            return self._repo.point(last.safety_point), names
+        except NoSuchPoint:
+            name = self._domain.name
+            raise NoSuchPoint(
+                domain=name, when=last.safety_point,
+                hint="it is the present that the last revert kept, and was forgotten: that revert cannot be undone;"
+                f" `rewind points {name}` lists the points that a revert can go to",
+            ) from None  # fmt: skip
 
     def resume(self, *, roll_back: bool = False, wait: float = 0.0) -> Result:
         """End the domain's revert. When the keeper is driving it already, its end is waited for (a roll-back waits at

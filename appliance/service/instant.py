@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from appliance.errors import InGap, SequenceMissing
+from appliance.errors import InGap, NoSuchPoint, SequenceMissing
 from appliance.timeline import instant, when
 from appliance.timeline.ledger import Ledger
 from appliance.timeline.spans import CapturedSpan
@@ -135,7 +135,10 @@ class _Asked:
         """As without continuous capture."""
         known = self._known
         found = when.resolve(known.points, self._text, self._now, known.domain, gaps=known.gaps)
-        return self._session.repository.point(found.id)
+        try:
+            return self._session.repository.point(found.id)
+        except NoSuchPoint:  # forgotten since it was listed
+            raise NoSuchPoint(domain=known.domain, when=found.id) from None
 
     def _at_number(self, number: int) -> Point:
         points, domain = self._known.points, self._known.domain

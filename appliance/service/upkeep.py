@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from appliance.capture import protection
 from appliance.errors import ConfigError, NoSuchPoint
 from appliance.model import Point
+from appliance.restore.intent import undo_point
 from appliance.service.history import resolve, uuid_of
 from appliance.service.session import Progress, Session, silent
 
@@ -22,11 +23,14 @@ __all__ = ["Decision", "check", "forget", "gc"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of one point, and the rules that keep it."""
+    """What becomes of one point, and the rules that keep it. `undoes`: without it the last revert cannot be undone;
+    `warnings` say what else goes with it."""
 
     point: Point | Summary
     keep: bool
     reasons: tuple[str, ...]
+    undoes: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def uuid(self) -> str:
@@ -56,17 +60,20 @@ def forget(
     points: Sequence[str] = (),
     dry_run: bool = False,
     now: datetime | None = None,
+    agree: Callable[[Sequence[Decision]], None] = lambda _found: None,
 ) -> list[Decision]:
     """Delete the points that no rule keeps, or those that are named; space comes back with `gc`.
 
     Never deleted: what a revert that has not ended needs. Rules also leave the point that the next one continues from;
-    without it that one would read the whole disks. They leave those that writes of continuous capture are counted from.
+    without it that one would read the whole disks. They leave those that writes of continuous capture are counted from,
+    and the point that `undo` goes to. `agree` is called before anything is deleted; nothing has changed if it raises.
     Without rules or names nothing is done: ConfigError.
     """
     decisions = _named(session, name, points) if points else _planned(session, name, policy, now or datetime.now(UTC))
     pinned = _pinned(session)
     decisions = [_guard(session, one, pinned, bool(points)) for one in decisions]
     if not dry_run:
+        agree(decisions)
         for one in decisions:
             if not one.keep:
                 session.repository.delete_point(one.point.id)
@@ -88,14 +95,17 @@ def _planned(session: Session, name: str | None, policy: Any | None, now: dateti
     for uuid in uuids:
         points = session.catalogue.points(uuid, measure=False)
         plan, counted = retention.plan(points, policy, now), _counted(session, uuid, points, now)
+        undo = undo_point(session.home, uuid)
         for one in plan:
-            reason = _needed(one.point.id, continued, counted) if not one.keep else ""
+            reason = _needed(one.point.id, continued, counted, undo) if not one.keep else ""
             found.append(Decision(one.point, one.keep or bool(reason), (reason,) if reason else tuple(one.reasons)))
     return found
 
 
-def _needed(point: str, continued: Collection[str | None], counted: Collection[str]) -> str:
+def _needed(point: str, continued: Collection[str | None], counted: Collection[str], undo: str | None) -> str:
     """Why a point stays that no rule keeps; empty when it does not."""
+    if point == undo:
+        return "`rewind undo` leads back to it"
     if point in continued:
         return "the next point continues from it"
     return "later writes are counted from it" if point in counted else ""
@@ -115,7 +125,17 @@ def _named(session: Session, name: str | None, points: Sequence[str]) -> list[De
     if name is None:
         raise NoSuchPoint(domain="?", when=points[0], hint="name the domain before its points")
     named = {point.id: point for point in (resolve(session, name, one, taken=True) for one in points)}
-    return [Decision(point, False, ()) for point in named.values()]
+    continued = {one.last_point for one in protection.all_records(session.home)}
+    return [_told(session, point, point.id in continued) for point in named.values()]
+
+
+def _told(session: Session, point: Point, continued: bool) -> Decision:
+    """What goes with a point that somebody names."""
+    undoes = point.id == undo_point(session.home, point.domain_uuid)
+    undo = f"`rewind undo {point.domain}` leads back to it: the last revert cannot be undone any more"
+    found = [undo] if undoes else []
+    found += ["the next point continues from it: that one reads the whole disks then"] if continued else []
+    return Decision(point, False, (), undoes, tuple(found))
 
 
 def _pinned(session: Session) -> dict[str, Pending]:

@@ -242,7 +242,7 @@ class Repository:
                     return self._load_point(name, changed=True)
                 self._point_names.pop(point, None)
             self.point_ids()
-        raise NoSuchPoint(domain=self.url, when=point)
+        raise self._no_point(point)
 
     def delete_point(self, point: str) -> None:
         """Its data goes with the next gc. Raises NoSuchPoint."""
@@ -251,8 +251,12 @@ class Repository:
         try:
             name = self._point_names.pop(point)
         except KeyError:
-            raise NoSuchPoint(domain=self.url, when=point) from None
+            raise self._no_point(point) from None
         self.backend.delete(name)
+
+    def _no_point(self, point: str) -> NoSuchPoint:
+        """Whose it was is not known here; who knows says it."""
+        return NoSuchPoint(domain=self.url, when=point, hint="`rewind status` tells which domains have points")
 
     def timelines(self, domain_uuid: str) -> list[Timeline]:
         """Oldest first. Raises IntegrityError."""

@@ -1044,6 +1044,37 @@ def test_forget_of_named_points(web):
     assert [one["changed_bytes"] for one in points] == [2 * CHUNK, 4 * CHUNK, 2 * CHUNK]
 
 
+def test_the_point_that_undo_needs_is_forgotten_knowingly_only(web, monkeypatch):
+    """Promise 3: by name with consent, by rules never; without it undo says what is missing and what there is."""
+    put_intent(web.home, "DONE")
+    asked, action = [], "forget of point 0003abcd00000003, which `rewind undo web` leads back to,"
+    message, hint = web.fails(56, "forget", "web", "latest")
+    assert message == f"{action} was not confirmed" and "--yes" in hint
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.confirm", lambda question, err: asked.append(question))
+    assert web("forget", "web", "latest", "before-upgrade") == 56
+    assert len(asked) == 1 and asked[0].startswith("`rewind undo web` leads back to point 0003abcd00000003 of ")
+    assert web.json("points", "web")[-1]["points"] == 4
+    found = web.json("forget", "web", "latest", "before-upgrade", "--dry-run")
+    assert [len(one["warnings"]) for one in found[:-1]] == [2, 0]
+    assert "undo" in found[0]["warnings"][0] and "whole disks" in found[0]["warnings"][1]
+    record = protection.load(Home(web.home), UUID)
+    protection.save(Home(web.home), replace(record, last_point="0002abcd00000002"))
+    with Session(Home(web.home)) as session:
+        newest = session.repository.points()[-1]
+        session.repository.commit(replace(newest, id="0004abcd00000004", time=newest.time + timedelta(minutes=1)))
+    kept = {one["point"]: one["reasons"] for one in web.json("forget", "web", "--keep-last", "1")[:-1] if one["keep"]}
+    assert kept["0003abcd00000003"] == ["`rewind undo` leads back to it"]
+    assert web("forget", "web", "0003abcd00000003", "--yes") == 0
+    assert "undo" in web.out
+    monkeypatch.setattr(Session, "domain", lambda *_: Off())
+    for words in (("--dry-run",), ("--yes",)):
+        monkeypatch.setattr(Session, "claim", lambda *_args, **_options: nullcontext())
+        message, hint = web.fails(41, "undo", "web", *words)
+        assert message == "'web' has no recovery point '0003abcd00000003'"
+        assert "that revert cannot be undone" in hint and "`rewind points web`" in hint
+
+
 def test_forget_without_rules_forgets_nothing(web):
     _message, hint = web.fails(3, "forget", "web")
     assert "--keep" in hint

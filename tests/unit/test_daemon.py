@@ -36,6 +36,18 @@ def protect(session, name, every=60):
     protection.save(session.home, record)
 
 
+def test_a_newest_point_that_was_forgotten_is_told_once(session, caplog):
+    protect(session, "web")
+    [record] = protection.all_records(session.home)
+    protection.save(session.home, replace(record, last_point="0123abcd"))
+    daemon = Daemon(session, lambda _event: None)
+    for _ in range(3):
+        [task] = daemon._tasks()
+        assert task.last is None
+    [line] = caplog.messages
+    assert line.startswith("web: point 0123abcd was forgotten")
+
+
 class Points:
     """Pretends to take them; domains in `broken` fail."""
 

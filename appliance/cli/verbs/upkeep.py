@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,12 +18,16 @@ from appliance.errors import (
     Locked,
     NoSpace,
     NoSuchPoint,
+    NotConfirmed,
     NotProtected,
     PermissionDenied,
     RevertUnderWay,
     WrongKey,
 )
 from appliance.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from appliance.service.upkeep import Decision
 
 __all__ = ["check_command", "forget_command", "gc_command"]
 
@@ -108,17 +114,20 @@ def _span(name: str) -> str:
     return {"hourly": "hours", "daily": "days", "weekly": "weeks", "monthly": "months", "yearly": "years"}[name]
 
 
-@verb("forget", NotProtected, NoSuchPoint, RevertUnderWay, Locked, WrongKey, PermissionDenied)
+@verb("forget", NotProtected, NoSuchPoint, RevertUnderWay, NotConfirmed, Locked, WrongKey, PermissionDenied)
 @domain_argument(required=False)
 @click.argument("points", nargs=-1, metavar="[WHEN]...", shell_complete=complete_when)
 @_keep_options
 @click.option("--dry-run", is_flag=True, help="Only tell what would be kept and why.")
+@click.option("--yes", "-y", is_flag=True, help="Forget also a point by name that `rewind undo` needs, without asking.")
 def forget_command(
-    context: Context, domain: str | None, points: tuple[str, ...], dry_run: bool, keep_within: float | None, **keep: int
-) -> None:
+    context: Context, domain: str | None, points: tuple[str, ...], dry_run: bool, yes: bool,
+    keep_within: float | None, **keep: int,
+) -> None:  # fmt: skip
     """Delete the points of DOMAIN (of every domain, without one) that no --keep rule keeps, or those that are named.
 
-    Every point is complete in itself: any can go, the others stay recoverable. `rewind gc` frees the space.
+    Every point is complete in itself: any can go, the others stay recoverable. `rewind gc` frees the space. The point
+    that `rewind undo` leads back to goes by name only, and after a question.
     """
     from appliance.cli.ui import table
     from appliance.service.upkeep import forget
@@ -129,10 +138,10 @@ def forget_command(
     if points and policy:
         raise click.UsageError("name points or give --keep rules, not both")
     with context.session() as session:
-        decisions = forget(session, domain, policy, points, dry_run)
+        decisions = forget(session, domain, policy, points, dry_run, agree=lambda found: _agree(found, yes))
         # Named points are all that is decided on; those that stay are counted, or it would seem that none do.
         left = session.catalogue.count().get(decisions[0].uuid, 0) if points else None
-    found = [records.Forget(d.point.id, d.point.domain, d.point.time, d.keep, d.reasons) for d in decisions]
+    found = [records.Forget(d.point.id, d.point.domain, d.point.time, d.keep, d.reasons, d.warnings) for d in decisions]
     context.output.emit_all(
         found, lambda rows: table(("point", "domain", "time", "", "why"), [_row(row) for row in rows])
     )
@@ -142,5 +151,16 @@ def forget_command(
     context.output.emit(summary, f"{kept} kept, {summary.forgotten} {'would be ' if dry_run else ''}forgotten")
 
 
+def _agree(found: Sequence[Decision], yes: bool) -> None:
+    """Ask for each point without which the last revert cannot be undone. Raises NotConfirmed."""
+    for one in found if not yes else ():
+        if one.undoes and not one.keep:
+            point, name = one.point, one.point.domain
+            what = f"`rewind undo {name}` leads back to point {point.id} of {clock(point.time)}"
+            if not sys.stdin.isatty() or not click.confirm(f"{what}. Forget it all the same?", err=True):
+                raise NotConfirmed(action=f"forget of point {point.id}, which `rewind undo {name}` leads back to,")
+
+
 def _row(row: records.Forget) -> tuple[str, ...]:
-    return row.point, row.domain, clock(row.time), "keep" if row.keep else "forget", ", ".join(row.reasons)
+    what = "keep" if row.keep else "forget"
+    return row.point, row.domain, clock(row.time), what, "; ".join((", ".join(row.reasons), *row.warnings)).strip("; ")
