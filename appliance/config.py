@@ -22,7 +22,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -73,6 +73,8 @@ class Settings(BaseModel):
     journal_keep: float = Field(default=4 * 3600.0, ge=0)
     minutes_keep: float = Field(default=2 * 86400.0, ge=0)
     hours_keep: float = Field(default=90 * 86400.0, ge=0)
+    # What machines of ours run on (`image verify`): `auto` is KVM where this host has it, else emulation.
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     # A journal that lets a guest's write wait for longer is killed.
     journal_stall: float = Field(default=0.25, ge=0.05, le=10)
 

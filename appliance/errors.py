@@ -53,6 +53,7 @@
         DriversMissing             64   no driver for hardware that has to work; nothing was written
         GuestUnreadable            65   what the point holds cannot be read or is not a system that we know
         NotSigned                  66   Secure Boot would refuse it
+        NotBooted                  67   a point was booted as a test and did not come up
 
 Classes are named for what the caller can do. A class holds a template; the fields fill it, stay readable on the
 exception, and go into the JSON form. Messages are lower case, name the object and the value, and have no full stop.
@@ -67,10 +68,11 @@ __all__ = [
     "ConfigError", "ConnectError", "DiskNotFound", "DomainBusy", "DomainLost", "DomainNotFound", "DriversMissing",
     "FenceError", "GuestUnreadable", "HypervisorError", "ImageError", "InGap", "IntegrityError", "Interrupted",
     "JournalError", "JournalSilent", "LeftPaused", "Locked", "MonitorError", "NbdFailed", "NoSpace", "NoSuchPoint",
-    "NoSuchTarget", "NoSuchTemplate", "NotConfirmed", "NotProtected", "NotRecoverable", "NotSigned", "NotSupported",
-    "NothingToResume", "NothingToUndo", "ObjectNotFound", "PermissionDenied", "PushFailed", "RepositoryNotFound",
-    "RestoreError", "RevertUnderWay", "RewindError", "SegmentCorrupt", "SequenceMissing", "StoreError",
-    "TargetExists", "Temporary", "TimelineError", "ToolFailed", "VersionUnsupported", "WrongKey", "exit_codes",
+    "NoSuchTarget", "NoSuchTemplate", "NotBooted", "NotConfirmed", "NotProtected", "NotRecoverable", "NotSigned",
+    "NotSupported", "NothingToResume", "NothingToUndo", "ObjectNotFound", "PermissionDenied", "PushFailed",
+    "RepositoryNotFound", "RestoreError", "RevertUnderWay", "RewindError", "SegmentCorrupt", "SequenceMissing",
+    "StoreError", "TargetExists", "Temporary", "TimelineError", "ToolFailed", "VersionUnsupported", "WrongKey",
+    "exit_codes",
 ]  # fmt: skip
 
 
@@ -399,6 +401,12 @@ class NotSigned(ImageError):
     exit_code = 66
     template = "target {target!r} starts only what is signed, and {what} is not"
     default_hint = "nothing was switched off; see `rewind image plan` for what can be signed and how"
+
+
+class NotBooted(ImageError):
+    exit_code = 67
+    template = "point {point} of {domain!r} did not boot: {reason}"
+    default_hint = "`rewind image evidence` has its console and its screen"
 
 
 def exit_codes() -> list[tuple[int, str, str]]:

@@ -31,7 +31,7 @@ from images.guest import Guest, open_guest
 from images.model import Client, Inventory, Plan
 from images.template.build import Template
 
-__all__ = ["Made", "Planned", "build", "opened", "plan"]
+__all__ = ["Made", "Planned", "Ready", "build", "opened", "plan", "prepared"]
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """What planning has found and building needs."""
+class Ready:
+    """What planning has found and building needs. The guest is open as long as the context lasts that gave it."""
 
     planned: Planned
     guest: Guest
@@ -85,7 +85,7 @@ def plan(
     options: Options | None = None,
 ) -> Planned:  # fmt: skip
     """Raises NoSuchTarget, NoSuchTemplate, GuestUnreadable, and as `export`. A missing driver is told in the plan."""
-    with _prepared(session, domain, when, target, template, keys, options) as ready:
+    with prepared(session, domain, when, target, template, keys, options) as ready:
         return ready.planned
 
 
@@ -96,7 +96,7 @@ def build(
     """Build these media into `folder`, which must not exist. `inventory` instead of what the target's name stands for.
     Raises as `plan` and `images.build.build_image`; nothing
     is left then."""
-    with _prepared(session, domain, when, target, template, keys, options, inventory) as ready:
+    with prepared(session, domain, when, target, template, keys, options, inventory) as ready:
         built = build_image(
             ready.planned.plan, ready.guest.tree, ready.template, media=media, folder=folder,
             driver_store=drivers.reader(ready.store, ready.planned.plan.client.release),
@@ -105,10 +105,11 @@ def build(
 
 
 @contextmanager
-def _prepared(
+def prepared(
     session: Session, domain: str, when: str, target: str, template: str, keys: Sequence[bytes],
     options: Options | None, inventory: Inventory | None = None,
-) -> Iterator[_Ready]:  # fmt: skip
+) -> Iterator[Ready]:  # fmt: skip
+    """The first half of `build`: the plan, and all that it was made of. Arguments and errors as there."""
     inventory = inventory or targets.find(session, target).inventory
     chosen = templates.opened(session, template)
     with opened(session, domain, when, keys) as (point, guest):
@@ -117,7 +118,7 @@ def _prepared(
         options = replace(options or Options(), identifiers=_identifiers(guest))
         made = _plan(client, guest, inventory, chosen, store, options)
         made = replace(made, warnings=(*made.warnings, *unknown))
-        yield _Ready(Planned(made, point.domain, point.id, point.time, chosen.id, guest.reader), guest, chosen, store)
+        yield Ready(Planned(made, point.domain, point.id, point.time, chosen.id, guest.reader), guest, chosen, store)
 
 
 def _plan(
