@@ -10,6 +10,7 @@ The client is a domain of libvirt that is shut off: its points are taken as any 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -25,10 +26,10 @@ from appliance.service import Session
 from appliance.service.elsewhere import export
 from tests.guests import packages
 from tests.guests.clients import ORIGINS, ClientFiles
-from tests.support import libvirt
+from tests.support import imagekit, libvirt
 from tests.support.targets import Target
 
-__all__ = ["Imagery", "template_file"]
+__all__ = ["Imagery"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,19 +38,6 @@ _DISK = {
     "dracut": '<target dev="sda" bus="scsi"/>',
 }
 _CONTROLLERS = {"mbr": "", "dracut": '<controller type="scsi" index="0" model="virtio-scsi"/>'}
-
-
-def template_file() -> Path:
-    """A template as one file, made once and kept in the cache."""
-    from images.template import build, pack
-
-    sources = sorted(path for path in Path(build.__file__).parent.iterdir() if path.is_file())
-
-    def make(folder: Path) -> None:
-        pack.pack(build.build_template(folder / "made"), folder / "template")
-        subprocess.run(["rm", "-rf", folder / "made"], check=True)
-
-    return packages.cached(f"template-{packages.sources_digest(sources)}", make) / "template"
 
 
 class Imagery:
@@ -70,7 +58,8 @@ class Imagery:
 
     def __enter__(self) -> Imagery:
         self._uri = libvirt.start()
-        kept = packages.cached(f"imagery-{self.client.folder.name}-1", self._make)
+        digest = hashlib.sha256(f"1 {self.client.folder.name}".encode()).hexdigest()[:12]
+        kept = packages.cached(f"imagery-{self.client.name}-{digest}", self._make)
         subprocess.run(["cp", "-a", kept / "home", self.home], check=True)
         self.points = json.loads((kept / "points.json").read_text())
         with contextlib.ExitStack() as stack:
@@ -136,12 +125,13 @@ class Imagery:
         from appliance.service.image.shelf import Shelf
         from images.template import pack
 
+        made, file = imagekit.template(), self.home / "template"
+        pack.pack(made, file)
         with self.session() as session:
-            folder = session.home.cache / "templates"
-            folder.mkdir(parents=True)
-            found = pack.unpack(template_file(), folder / "new")
-            (folder / "new").rename(folder / found.id)
-            Shelf(session, "templates").put(found.id, found.manifest.model_dump(mode="json"), template_file())
+            (session.home.cache / "templates").mkdir(parents=True)
+            subprocess.run(["cp", "-a", made.folder, session.home.cache / "templates" / made.id], check=True)
+            Shelf(session, "templates").put(made.id, made.manifest.model_dump(mode="json"), file)
+        file.unlink()
 
     def rewind(self, *words: object, code: int = 0, timeout: float = 300) -> list[dict[str, Any]]:
         """The lines of one call of the program."""
