@@ -701,6 +701,9 @@ class Off:
     def disks(self):
         return [Disk("vda", "/images/web.qcow2", "qcow2", SIZE)]
 
+    def managed_save(self):
+        return False
+
 
 def test_a_plan_counts_against_what_it_says(web, monkeypatch):
     """Promise 2: when the newest point was forgotten nobody knows what differs, so no number is passed off as that."""
