@@ -28,6 +28,15 @@ last writes are recorded but were not seen to be all: `#81726?` takes such a one
 Points with the reason `before-revert` or `safety` were taken by a revert: the present while the guest still ran, and
 what it had written when it was stopped. Right after a revert `latest` is therefore the safety point, the state that was
 left. The state that was reverted to keeps the id or label that it had: name it by that."""
+_DOMAIN = """\
+DOMAIN is a name, or the UUID that never changes. Where several domains had a name one after the other, it means the one
+that is protected under it; points, diff, timeline, export and restore take the one before it as long as that one alone
+has points, and say so. Where nothing decides, the UUIDs are listed: name one of them.
+
+A protected domain that was lost comes back as the same domain, with its UUID, its protection and its history, when a
+whole point of it is restored under its old name: `rewind restore web --at latest --into FOLDER --name web`. One that
+was made anew under the old name, or restored where it was not protected, has another UUID and begins a history of its
+own with `rewind protect web`; `rewind points UUID` reaches the old points."""
 _FILES = (
     ("/var/lib/rewind", "the default home: instance.json, key, cache, protection records, reverts that have not ended"),
     ("/etc/rewind/rewind.yaml", "settings; files in /etc/rewind/conf.d and HOME/rewind.yaml are merged over it"),
@@ -55,6 +64,7 @@ def page() -> str:
         command = program.get_command(root, name)
         assert isinstance(command, Verb | click.Group)
         lines += _verb(root, f"rewind {name}", command)
+    lines += [".SH NAMING A DOMAIN", *_text(_DOMAIN)]
     lines += [".SH NAMING AN INSTANT", *_text(_WHEN), ".SH EXIT STATUS"]
     lines += _terms([("0", "done"), ("1", "done with warnings")])
     lines += _terms([(str(code), name) for code, name, _template in exit_codes()])

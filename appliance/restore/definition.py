@@ -16,12 +16,13 @@ _OF_A_RUN = ("uuid", "seclabel", "resource")
 
 
 def for_new_domain(
-    xml: str, name: str, files: Mapping[str, tuple[Path, str]], nvram: Path | None = None, tpm: bool = False
-) -> tuple[str, list[str]]:
+    xml: str, name: str, files: Mapping[str, tuple[Path, str]], nvram: Path | None = None, tpm: bool = False,
+    uuid: str = "",
+) -> tuple[str, list[str]]:  # fmt: skip
     """(definition, what had to be left out). `files` are target → (path, format) of the new disks; a hard disk that is
     not among them is left out. Name, disks and NVRAM are new; UUID and MAC addresses are left to libvirt, and what else
     two domains cannot share (see `unshared`) is taken out, so that both can run side by side. Without `tpm` an emulated
-    TPM begins empty under the new domain's UUID.
+    TPM begins empty. With `uuid` it is that domain again, which is gone.
 
     Raises NotSupported when the point has no domain XML (a QEMU that no libvirt manages).
     """
@@ -40,6 +41,8 @@ def for_new_domain(
         for element in root.findall(tag):
             root.remove(element)
     _set(root, "name", name)
+    if uuid:
+        _set(root, "uuid", uuid)
     left_out = _disks(root, files)
     for interface in root.iterfind("devices/interface"):
         _drop(interface, "mac", "target", "alias")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from appliance.errors import AlreadyExists, ConfigError, DiskNotFound, NotSupported, TargetExists, ToolFailed
 from appliance.model import DiskKind, DiskPoint, Point
+from appliance.service import returning
 from appliance.service.history import resolve
 from appliance.service.session import Progress, Session, silent
 from appliance.units import chunks_of
@@ -147,7 +148,8 @@ def restore(
     rate: int = 0,
     progress: Progress = silent,
 ) -> Restored:
-    """Write the disks of a point into new files of `folder`, and define a domain of them when `new_name` is given.
+    """Write the disks of a point into new files of `folder`, and define a domain of them when `new_name` is given. A
+    whole domain that is protected, gone, and comes back under its name is the same domain: see `returning`.
 
     Existing files are never overwritten (TargetExists), an existing domain neither (AlreadyExists), and both are looked
     at before anything is written. After a failure what was written is removed again.
@@ -156,16 +158,19 @@ def restore(
     point = resolve(session, name, when)
     folder = Path(os.path.abspath(folder))
     plan = _Plan(point, folder, new_name or point.domain, choose(point, disks), image_format)
-    xml, left_out = _definition(plan, needed=new_name is not None)
     if new_name is not None:
         _must_be_new(session, point, new_name)
+    back = new_name == point.domain and not disks and returning.may(session, point)
+    xml, left_out = _definition(plan, new_name is not None, point.domain_uuid if back else "")
     folder.mkdir(parents=True, exist_ok=True)
     plan.must_be_new()
     with ExitStack() as undo:
         undo.callback(plan.remove)
         written = _write_disks(session, plan, rate, progress)
         _write_definition(session, plan, xml)
-        if new_name is not None:
+        if back:
+            returning.define(session, point, xml)
+        elif new_name is not None:
             session.hypervisor(point.uri or None).define(xml)
         undo.pop_all()
     return Restored(
@@ -229,13 +234,13 @@ def _share(progress: Progress, done: int, size: int, total: int, what: str) -> C
     return lambda share: progress(done + int(share * size), total, what)
 
 
-def _definition(plan: _Plan, needed: bool) -> tuple[str, list[str]]:
+def _definition(plan: _Plan, needed: bool, uuid: str) -> tuple[str, list[str]]:
     """(XML, what it leaves out). Empty where the point has no definition that libvirt could read and none is needed."""
     from appliance.restore.definition import for_new_domain
 
     files = {disk: (path, plan.format) for disk, path in plan.files.items()}
     try:
-        return for_new_domain(plan.point.xml, plan.name, files, plan.nvram)
+        return for_new_domain(plan.point.xml, plan.name, files, plan.nvram, uuid=uuid)
     except NotSupported:
         if needed:
             raise

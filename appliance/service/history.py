@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from appliance.errors import DiskNotFound, NotProtected
+from appliance.errors import DiskNotFound
 from appliance.extents import Extent
 from appliance.model import DiskKind, DiskPoint, Point
 from appliance.service.capturing import missing
+from appliance.service.naming import uuid_of
 from appliance.timeline.catalogue import Gap, Summary
 from appliance.timeline.ledger import Ledger
 from appliance.units import CHUNK
@@ -18,7 +19,7 @@ from appliance.units import CHUNK
 if TYPE_CHECKING:
     from appliance.service.session import Session
 
-__all__ = ["Difference", "History", "diff", "history", "resolve", "uuid_of"]
+__all__ = ["Difference", "History", "diff", "history", "resolve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,32 +42,9 @@ class Difference:
     extents: Iterator[Extent]
 
 
-def uuid_of(session: Session, name: str) -> tuple[str, str]:
-    """(UUID, name) of a domain that is protected or has points. The hypervisor is not asked: history must be readable
-    when libvirt is down or the domain is gone. Raises NotProtected."""
-    record = session.record(name)
-    if record is not None:
-        return record.uuid, record.domain
-    known = session.catalogue.domains(name)
-    if len({uuid for uuid, _name in known}) != 1:
-        raise NotProtected(domain=name, hint=_meant(session, name))
-    return known[-1]
-
-
-def _meant(session: Session, name: str) -> str:
-    """A known name that looks like it; empty for the usual hint."""
-    from difflib import get_close_matches
-
-    from appliance.capture import protection
-
-    names = {one.domain for one in protection.all_records(session.home)} | set(session.catalogue.names())
-    close = get_close_matches(name, sorted(names), 1)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
 def history(session: Session, name: str, now: datetime | None = None, measure: bool = True) -> History:
-    """Everything about one domain; `measure` as for the catalogue's points. Raises NotProtected."""
-    uuid, domain = uuid_of(session, name)
+    """Everything about one domain; `measure` as for the catalogue's points. Raises as `uuid_of`."""
+    uuid, domain = uuid_of(session, name, reading=True)
     record = session.record(uuid)
     found = session.catalogue.points(uuid, measure)
     every, continuous = (record.every, record.continuous) if record else (None, False)

@@ -23,7 +23,7 @@ from appliance.errors import (
 from appliance.hypervisor.base import DomainState
 from appliance.restore import fence
 from appliance.service import tap
-from appliance.service.history import uuid_of
+from appliance.service.naming import earlier, holder, uuid_of
 from appliance.service.recovery import refuse_if_under_way
 from appliance.service.session import Progress, Session, silent
 from appliance.timeline.when import reading
@@ -63,10 +63,12 @@ def protect(
     `continuous` every write is recorded from now on by a process of its own, which also takes the first point;
     `max_added_latency` is in seconds, 0 for none.
 
+    A protected domain that is gone and had the name before is not protected any more then; its points stay.
+
     Raises DiskNotFound; NotSupported with the reason when a disk cannot be protected; nothing has changed then. Nothing
     is copied: that is the first point's work.
     """
-    domain = session.domain(name)
+    domain, lost = _named(session, name)
     with session.hold(domain.uuid, domain.name, f"protect {domain.name}", wait):
         refuse_if_under_way(session, domain.uuid, domain.name, held=True)
         found = protection.load(session.home, domain.uuid)
@@ -85,6 +87,11 @@ def protect(
             max_added_latency=made.max_added_latency if max_added_latency is None else max_added_latency or None,
         )
         protection.save(session.home, made)
+    if lost is not None:
+        # Only now: had the new one been refused, nothing would have changed.
+        unprotect(session, lost.uuid, wait)
+    if found is None and (before := earlier(session, domain.name, domain.uuid)):
+        session.say(f"{domain.name} begins a history of its own; of the domain called so before there are {before}")
     _fence(session, domain)
     # Its process needs the domain's lock, to attach as to let go.
     if made.continuous:
@@ -99,6 +106,17 @@ def protect(
     elif found is not None and found.continuous:
         tap.stop(session, made)
     return Protected(made, targets, found is not None)
+
+
+def _named(session: Session, name: str) -> tuple[Domain, Protection | None]:
+    """The domain that has the name now; and the record of a protected one that had it before and is gone, whose
+    protection ends with this. Raises DomainNotFound, RevertUnderWay when a revert of the lost one has not ended."""
+    record = session.record(name)
+    other = None if record is None or name == record.uuid else holder(session, record)
+    if record is None or other is None:
+        return session.domain(name), None
+    refuse_if_under_way(session, record.uuid, record.domain)
+    return other, record
 
 
 def _fence(session: Session, domain: Domain) -> None:
@@ -208,7 +226,7 @@ def point(
         if reason in _UNASKED and tap.paused_until(session.home, record.uuid) is not None:
             # It may have waited for the domain since before the pause.
             raise DomainBusy(domain=record.domain, reason="we were asked to step aside", hint=_UNPAUSE)
-        domain = session.hypervisor(record.uri).domain(record.uuid)
+        domain = session.domain(record.uuid)
         if reason == "baseline" and domain.state() is DomainState.SHUTOFF:
             # It has waited too long: nothing counts from it any more, and its write lock is in the way of a start.
             raise DomainBusy(domain=record.domain, reason="it was shut off before the capture had its first point")
@@ -258,4 +276,6 @@ def _not_protected(session: Session, name: str) -> Exception:
             return DomainNotFound(**gone.fields, hint=hint) if "did you mean" in hint else gone
         except ConnectError:
             pass
+    except ConfigError:
+        pass  # several had the name, and have points; it is protected in none of them
     return NotProtected(domain=name, hint=hint)

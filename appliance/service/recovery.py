@@ -11,7 +11,8 @@ from appliance.capture import protection
 from appliance.errors import HypervisorError, NothingToResume, NothingToUndo, RevertUnderWay
 from appliance.restore import intent
 from appliance.service.elsewhere import choose
-from appliance.service.history import resolve, uuid_of
+from appliance.service.history import resolve
+from appliance.service.naming import uuid_of
 from appliance.service.session import Progress, Session, silent
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
-from appliance.errors import NotProtected, RepositoryNotFound, WrongKey
+from appliance.errors import DomainNotFound, NotProtected, RepositoryNotFound, WrongKey
 from appliance.service import locks
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Session:
         self.warnings: list[str] = []
         self._stack = ExitStack()
         self._hypervisors: dict[str, Hypervisor] = {}
+        self._mentioned: set[str] = set()
         self._kept = False
 
     def __enter__(self) -> Self:
@@ -91,6 +92,12 @@ class Session:
         """Say once what one should know of what is done, and keep it for the verb's record."""
         if text not in self.warnings:
             self.warnings.append(text)
+            self.say(text)
+
+    def mention(self, text: str) -> None:
+        """Say it once, however often a verb comes across it."""
+        if text not in self._mentioned:
+            self._mentioned.add(text)
             self.say(text)
 
     @cached_property
@@ -168,11 +175,17 @@ class Session:
         return self._hypervisors[wanted]
 
     def domain(self, name: str) -> Domain:
-        """A domain by name or UUID, where its protection record says it lives or else at `uri`."""
+        """A domain by name or UUID, where its protection record says it lives or else at `uri`. Raises DomainNotFound,
+        of a protected one with the way on."""
         record = self.record(name)
         if record is None:
             return self.hypervisor().domain(name)
-        return self.hypervisor(record.uri).domain(record.uuid)
+        try:
+            return self.hypervisor(record.uri).domain(record.uuid)
+        except DomainNotFound:
+            from appliance.service.naming import lost
+
+            raise lost(self, record) from None
 
     def record(self, name: str) -> Protection | None:
         """The protection record of a domain by name or UUID, or None."""

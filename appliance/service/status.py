@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from appliance.errors import ConnectError, DomainNotFound, RewindError
 from appliance.service.capturing import Capturing, capturing
+from appliance.service.naming import holder
 from appliance.service.recovery import under_way
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def status(
     moment = now or datetime.now(UTC)
     found = [_protected(session, one, points, moment) for one in records]
     if everything or (only and not found):
-        known = {one.domain for one in records}
+        # The name of one that is gone may be another domain's now.
+        known = {one.domain for one in found if one.state != "gone"}
         names = [only] if only else [name for name in session.hypervisor().domains() if name not in known]
         found += [_unprotected(session, str(name), points, moment) for name in names]
     return state, found
@@ -100,9 +102,20 @@ def _state(session: Session, record: Protection) -> tuple[str, tuple[str, ...]]:
     try:
         return session.hypervisor(record.uri).domain(record.uuid).state().value, ()
     except DomainNotFound:
-        return "gone", ()
+        return "gone", _successor(session, record)
     except (ConnectError, RewindError) as error:
         return "unknown", (error.message,)
+
+
+def _successor(session: Session, record: Protection) -> tuple[str, ...]:
+    """Of one that is gone: what to do when another domain has its name. Silent when the hypervisor went away now."""
+    try:
+        other = holder(session, record)
+    except RewindError:
+        return ()
+    if other is None:
+        return ()
+    return (f"another domain is called {record.domain} now: `rewind protect {record.domain}` protects that one",)
 
 
 def _unprotected(session: Session, name: str, points: list[Summary], now: datetime) -> DomainState:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from appliance.errors import ConfigError, SegmentCorrupt, SequenceMissing
 from appliance.service.capturing import Capturing, capturing, missing
-from appliance.service.history import uuid_of
+from appliance.service.naming import uuid_of
 from appliance.timeline.ledger import Ledger
 from appliance.timeline.story import Flow, Known, Mark, Story, reachable, tell
 from appliance.timeline.when import parse_time
@@ -50,7 +50,7 @@ def timeline(
 
     Raises NotProtected, and ConfigError for a time that cannot be read or a window without length.
     """
-    uuid, domain = uuid_of(session, name)
+    uuid, domain = uuid_of(session, name, reading=True)
     record, moment = session.record(uuid), now or datetime.now(UTC)
     points = session.catalogue.points(uuid)
     ledger = Ledger(session.home.ledger(uuid))

@@ -11,7 +11,8 @@ from appliance.capture import protection
 from appliance.errors import ConfigError, NoSuchPoint
 from appliance.model import Point
 from appliance.restore.intent import undo_point
-from appliance.service.history import resolve, uuid_of
+from appliance.service.history import resolve
+from appliance.service.naming import uuid_of
 from appliance.service.session import Progress, Session, silent
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def _counted(session: Session, uuid: str, points: Sequence[Summary], now: dateti
 def _named(session: Session, name: str | None, points: Sequence[str]) -> list[Decision]:
     if name is None:
         raise NoSuchPoint(domain="?", when=points[0], hint="name the domain before its points")
-    named = {point.id: point for point in (resolve(session, name, one, taken=True) for one in points)}
+    uuid, _domain = uuid_of(session, name)  # never of a domain that only had the name before
+    named = {point.id: point for point in (resolve(session, uuid, one, taken=True) for one in points)}
     continued = {one.last_point for one in protection.all_records(session.home)}
     return [_told(session, point, point.id in continued) for point in named.values()]
 

@@ -276,3 +276,39 @@ def test_a_new_domain_elsewhere(libvirt_uri, libvirt_images, short):
     finally:
         for name in ("cli-old", "cli-new"):
             virsh("undefine", name, check=False)
+
+
+@pytest.mark.timeout(150)
+def test_a_lost_domain_comes_back_as_itself(libvirt_uri, libvirt_images, short):
+    """P5-40: undefined and its disk gone, restored under its name it has its UUID, and history goes on from there."""
+    from tests.support.libvirt import virsh
+
+    image = libvirt_images / "lost.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
+    (short / "lost.xml").write_text(f"""
+        <domain type='qemu'><name>cli-lost</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
+        <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>
+        <target dev='vda' bus='virtio'/></disk></devices></domain>""")
+    virsh("define", str(short / "lost.xml"))
+    uuid = virsh("domuuid", "cli-lost").stdout
+    rewind = Rewind(short / "home", libvirt_uri)
+    try:
+        rewind("init")
+        rewind("protect", "cli-lost")
+        points = []
+        for byte in (1, 2):
+            subprocess.run(["qemu-io", "-c", f"write -P {byte} 2M 1M", image], check=True, stdout=subprocess.DEVNULL)
+            points.append(rewind("point", "cli-lost")[-1])
+        virsh("undefine", "cli-lost")
+        image.unlink()
+        assert "restore cli-lost" in rewind("point", "cli-lost", code=12)[-1]["hint"]
+        place = ("--into", libvirt_images, "--name", "cli-lost")
+        assert rewind("restore", "cli-lost", "--at", points[0]["id"], *place)[-1]["defined"]
+        assert virsh("domuuid", "cli-lost").stdout == uuid
+        after = rewind("point", "cli-lost")[-1]
+        assert after["parent"] == points[0]["id"] and after["timeline"] != points[0]["timeline"]
+        assert rewind("diff", "cli-lost", points[0]["id"], after["id"])[-1]["changed_bytes"] == 0
+        assert rewind("diff", "cli-lost", points[1]["id"], after["id"])[-1]["changed_bytes"] == 1 << 20
+    finally:
+        virsh("undefine", "cli-lost", check=False)

@@ -16,6 +16,7 @@ from appliance.errors import (
     ConnectError,
     DiskNotFound,
     InGap,
+    Locked,
     NoSpace,
     NoSuchPoint,
     NotProtected,
@@ -70,7 +71,7 @@ def export_command(
             return
 
 
-@verb("restore", *_POINT, ConnectError, AlreadyExists, TargetExists, NotSupported, NoSpace, PermissionDenied)
+@verb("restore", *_POINT, ConnectError, Locked, AlreadyExists, TargetExists, NotSupported, NoSpace, PermissionDenied)
 @domain_argument()
 @click.option(
     "--at",
@@ -92,7 +93,8 @@ def restore_command(
 ) -> None:  # fmt: skip
     """Write whole new disks of DOMAIN as of WHEN somewhere else, and a new domain of them.
 
-    The domain itself is not touched and need not exist any more. Files that exist are never overwritten.
+    The domain itself is not touched and need not exist any more. Files that exist are never overwritten. A protected
+    domain that is gone and restored whole under its own name keeps its UUID, so its protection and history go on.
     """
     from appliance.service.elsewhere import restore
 
