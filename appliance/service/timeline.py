@@ -14,8 +14,7 @@ from appliance.service.capturing import Capturing, capturing, missing
 from appliance.service.naming import uuid_of
 from appliance.timeline.ledger import Ledger
 from appliance.timeline.story import Flow, Known, Mark, Story, reachable, tell
-from appliance.timeline.when import parse_time
-from appliance.units import parse_duration
+from appliance.timeline.when import bound
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection
@@ -55,8 +54,8 @@ def timeline(
     points = session.catalogue.points(uuid)
     ledger = Ledger(session.home.ledger(uuid))
     spans = ledger.spans()
-    end = _time(until, moment) if until else moment
-    start = _time(since, moment) if since else max(end - _DAY, _first(points, spans[0].start if spans else end))
+    end = bound(until, moment) if until else moment
+    start = bound(since, moment) if since else max(end - _DAY, _first(points, spans[0].start if spans else end))
     if since is None and start >= end:
         start = end - _DAY
     if end - start < _SHORTEST:
@@ -86,16 +85,6 @@ def _lived(session: Session, uuid: str, record: Protection | None) -> list[str]:
 
 def _first(points: list[Summary], begun: datetime) -> datetime:
     return min([begun, *(one.time for one in points[:1])])
-
-
-def _time(text: str, now: datetime) -> datetime:
-    try:
-        return now - timedelta(seconds=parse_duration(text))
-    except (ValueError, OverflowError):
-        found = parse_time(text, now)
-    if found is None:
-        raise ConfigError(reason=f"{text!r} is neither a time nor a duration", hint="14:02, 2026-03-01T14:02 or 2h")
-    return found.time
 
 
 def _held(session: Session, uuid: str) -> dict[str, list[tuple[int, int]]]:

@@ -35,10 +35,12 @@ from difflib import get_close_matches
 from typing import Final, Protocol, TypeVar
 from zoneinfo import ZoneInfo
 
-from appliance.errors import AmbiguousPoint, InGap, NoSuchPoint
+from appliance.errors import AmbiguousPoint, ConfigError, InGap, NoSuchPoint
 from appliance.units import parse_duration
 
-__all__ = ["Instant", "Kept", "Span", "described", "listed", "named", "outdone", "parse_time", "reading", "resolve"]
+__all__ = [
+    "Instant", "Kept", "Span", "bound", "described", "listed", "named", "outdone", "parse_time", "reading", "resolve",
+]  # fmt: skip
 
 # Shorter ones are more often a slip than an id.
 SHORTEST_PREFIX: Final = 4
@@ -163,6 +165,17 @@ def parse_time(text: str, now: datetime, zone: tzinfo | None = None) -> Instant 
         return _clock_time(text.strip(), now, zone)
     except (ValueError, OverflowError):
         return None  # 25:00, 30 February, a zone that does not exist
+
+
+def bound(text: str, now: datetime) -> datetime:
+    """The instant that an end of a window means: a time, `… ago`, or a duration before now. Raises ConfigError."""
+    try:
+        return now - timedelta(seconds=parse_duration(text))
+    except (ValueError, OverflowError):
+        found = parse_time(text, now)
+    if found is None:
+        raise ConfigError(reason=f"{text!r} is neither a time nor a duration", hint="14:02, 2026-03-01T14:02 or 2h")
+    return found.time
 
 
 def _clock_time(text: str, now: datetime, local: tzinfo | None) -> Instant | None:

@@ -819,6 +819,15 @@ def test_points_can_be_narrowed(web):
     assert web.json("points", "web", "--timeline", "bbbb")[-1]["points"] == 0
 
 
+@pytest.mark.parametrize("since", ["2h", "15:45", "10m ago", "2030-01-01", "2026-03-02T10:00:30Z", "2026-03-02 10:00"])
+def test_points_and_timeline_read_the_same_times(web, since):
+    assert web("points", "web", "--since", since) == 0, web.err
+    assert web("timeline", "web", "--since", since, "--until", "2031-01-01") == 0, web.err
+    assert web.json("points", "web", "--since", "2026-03-01T12:01:30Z")[-1]["points"] == 2
+    messages = [web.fails(3, verb, "web", "--since", "soon") for verb in ("points", "timeline")]
+    assert messages[0] == messages[1] == ("'soon' is neither a time nor a duration", "14:02, 2026-03-01T14:02 or 2h")
+
+
 def test_history_is_readable_when_the_domain_is_not_protected_any_more(web):
     protection.remove(Home(web.home), UUID)
     assert web.json("points", "web")[-1]["points"] == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 import click
 
@@ -22,11 +22,10 @@ __all__ = ["diff_command", "points_command"]
 @domain_argument()
 @click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
 @click.option("--timeline", metavar="ID", help="Only this timeline (or enough of its id).")
-@click.option("--since", "newer_than", type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S"]),
-              metavar="TIME", help="Only what is newer.")  # fmt: skip
+@click.option("--since", metavar="TIME", help="Only what is newer than a time, or than a duration before now (2h).")
 def points_command(
-    context: Context, domain: str, last: int | None, timeline: str | None, newer_than: datetime | None
-) -> None:
+    context: Context, domain: str, last: int | None, timeline: str | None, since: str | None
+) -> None:  # fmt: skip
     """List the recovery points of DOMAIN, oldest first, and the gaps between them.
 
     `changed` is what differs from the point before it on its timeline, in whole chunks of 64 KiB: the bytes that a
@@ -34,10 +33,11 @@ def points_command(
     """
     from appliance.cli.ui import table
     from appliance.service.history import history
+    from appliance.timeline.when import bound
 
     with context.session() as session:
         found = history(session, domain)
-    start = newer_than.astimezone() if newer_than else None
+    start = bound(since, datetime.now(UTC)) if since else None
     points = [
         one for one in found.points
         if (start is None or one.time > start) and (timeline is None or one.timeline.startswith(timeline))
