@@ -147,7 +147,8 @@ def _usage(error: click.ClickException) -> RewindError:
     ctx = getattr(error, "ctx", None)
     path = ctx.command_path if ctx is not None else "rewind"
     message = " ".join(error.format_message().split()).rstrip(".")
-    return ConfigError(reason=message[:1].lower() + message[1:], hint=f"`{path} --help` shows what it takes")
+    hint = getattr(error, "hint", "") or f"`{path} --help` shows what it takes"
+    return ConfigError(reason=message[:1].lower() + message[1:], hint=hint)
 
 
 def _forbidden(error: PermissionError) -> RewindError:

@@ -29,7 +29,7 @@ def domain_argument(required: bool = True) -> Callable[[_F], _F]:
 def duration_option(
     *names: str, default: float | None = None, text: str, zero: bool = False
 ) -> Callable[[_F], _F]:  # fmt: skip
-    """Seconds, from `90s`, `15m`, `1h30m`; nothing at all only with `zero`."""
+    """Seconds, from `90s`, `15m`, `1h30m`, always with a unit; nothing at all only with `zero`."""
     return click.option(
         *names, metavar="DURATION", default=default, callback=_duration_or_none if zero else _duration, help=text
     )
@@ -47,13 +47,23 @@ def rate_option(text: str) -> Callable[[_F], _F]:
 
 
 def _duration_or_none(ctx: click.Context, param: click.Parameter, value: Any) -> float | None:
-    return None if value is None else _seconds(ctx, param, value)
+    return None if value is None else _with_unit(ctx, param, value)
+
+
+def _with_unit(ctx: click.Context, param: click.Parameter, value: Any) -> float:
+    """Who types 15 means minutes as often as seconds, and for `--keep-within` days: it is not guessed."""
+    text = str(value).strip()
+    if text.replace(".", "", 1).isdigit() and float(text):
+        error = click.BadParameter(f"{text!r} has no unit", ctx, param)
+        error.hint = f"`{param.opts[0]} {text}m` means minutes; s, h, d and w are units, too"  # type: ignore[attr-defined]
+        raise error
+    return _seconds(ctx, param, value)
 
 
 def _duration(ctx: click.Context, param: click.Parameter, value: Any) -> float | None:
     if value is None:
         return None
-    seconds = _seconds(ctx, param, value)
+    seconds = _with_unit(ctx, param, value)
     if seconds <= 0:
         raise click.BadParameter(f"{value!r} is not more than nothing", ctx, param)
     return seconds

@@ -375,6 +375,17 @@ def test_bad_arguments_are_told_in_one_sentence(web, words):
     assert "--help" in hint
 
 
+@pytest.mark.parametrize(
+    "words", [("protect", "web", "--every", "15"), ("pause", "web", "--for", "10"), ("forget", "--keep-within", "7"),
+              ("protect", "web", "--max-added-latency", "5")], ids=" ".join,
+)  # fmt: skip
+def test_a_duration_without_a_unit_is_refused(web, words):
+    """Promise 1: who means minutes does not get seconds, and who means days loses no points."""
+    message, hint = web.fails(3, *words)
+    assert f"{words[-1]!r} has no unit" in message and f"`{words[-2]} {words[-1]}m`" in hint
+    assert protection.load(Home(web.home), UUID).every == 60
+
+
 def test_without_a_word_the_help_is_shown(rewind):
     assert rewind(home=False) == 0
     assert rewind.out.startswith("Usage: rewind [OPTIONS] VERB")
