@@ -362,7 +362,6 @@ class TargetExists(RestoreError):
 class NotConfirmed(RestoreError):
     exit_code = 56
     template = "{action} was not confirmed"
-    default_hint = "add --yes to do it without asking"
 
 
 class ImageError(RewindError):

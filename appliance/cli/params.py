@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,9 +15,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from appliance.cli.command import Context
+from appliance.errors import NotConfirmed
 from appliance.units import parse_duration, parse_size
 
-__all__ = ["complete_when", "domain_argument", "duration_option", "rate_option", "wait_option"]
+__all__ = ["complete_when", "confirm", "domain_argument", "duration_option", "rate_option", "wait_option"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -44,6 +46,15 @@ def wait_option() -> Callable[[_F], _F]:
 def rate_option(text: str) -> Callable[[_F], _F]:
     """Bytes a second, from `50M`."""
     return click.option("--rate", metavar="BYTES", callback=_rate, help=text)
+
+
+def confirm(question: str, action: str) -> None:
+    """Ask the person; without one, `--yes` is the only consent. Raises NotConfirmed, with a hint where nobody was
+    asked: who has just said no needs none."""
+    if not sys.stdin.isatty():
+        raise NotConfirmed(action=action, hint="add --yes to do it without asking")
+    if not click.confirm(question, err=True):
+        raise NotConfirmed(action=action)
 
 
 def _duration_or_none(ctx: click.Context, param: click.Parameter, value: Any) -> float | None:

@@ -668,6 +668,16 @@ def test_a_revert_is_not_done_without_consent(web, cut):
     assert "--yes" in web.err and "5 MiB" in web.out and "was not confirmed" in web.err
 
 
+@pytest.mark.parametrize("words", [("revert", "web", "--to", "before-upgrade"), ("forget", "web", "latest")])
+def test_who_says_no_is_not_told_how_to_say_yes(web, cut, monkeypatch, words):
+    cut()
+    put_intent(web.home, "DONE")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.confirm", lambda question, err: False)
+    assert web(*words) == 56
+    assert "was not confirmed" in web.err and "HINT" not in web.err
+
+
 def test_a_revert_that_moved_less_than_differed_says_why(web, cut, monkeypatch):
     from appliance.restore.revert import Result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +11,7 @@ import click
 
 from appliance.cli import records
 from appliance.cli.command import Context, verb
-from appliance.cli.params import complete_when, domain_argument, rate_option, wait_option
+from appliance.cli.params import complete_when, confirm, domain_argument, rate_option, wait_option
 from appliance.cli.text import clock, counted, of_disks
 from appliance.errors import (
     AmbiguousPoint,
@@ -173,7 +172,7 @@ def _untouched() -> Iterator[None]:
 
 
 def _confirm(action: str, planned: Plan, yes: bool) -> None:
-    """Ask the person; without one, `--yes` is the only consent. Raises NotConfirmed."""
+    """Raises NotConfirmed."""
     if yes:
         return
     size = format_size(planned.changed_bytes)
@@ -182,8 +181,7 @@ def _confirm(action: str, planned: Plan, yes: bool) -> None:
         f"{action}: {known if planned.compared else f'what differs (at most {size} is moved) is rewritten'} as"
         f" of point {planned.point} of {clock(planned.time)}, and the guest is reset. Go on?"
     )
-    if not sys.stdin.isatty() or not click.confirm(question, err=True):
-        raise NotConfirmed(action=action)
+    confirm(question, action)
 
 
 def _show_plan(context: Context, planned: Plan, always: bool, warnings: Sequence[str] = ()) -> None:

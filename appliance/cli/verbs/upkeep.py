@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 
 from appliance.cli import records
 from appliance.cli.command import Context, verb
-from appliance.cli.params import complete_when, domain_argument, duration_option
+from appliance.cli.params import complete_when, confirm, domain_argument, duration_option
 from appliance.cli.text import clock
 from appliance.errors import (
     IntegrityError,
@@ -157,8 +156,8 @@ def _agree(found: Sequence[Decision], yes: bool) -> None:
         if one.undoes and not one.keep:
             point, name = one.point, one.point.domain
             what = f"`rewind undo {name}` leads back to point {point.id} of {clock(point.time)}"
-            if not sys.stdin.isatty() or not click.confirm(f"{what}. Forget it all the same?", err=True):
-                raise NotConfirmed(action=f"forget of point {point.id}, which `rewind undo {name}` leads back to,")
+            action = f"forget of point {point.id}, which `rewind undo {name}` leads back to,"
+            confirm(f"{what}. Forget it all the same?", action)
 
 
 def _row(row: records.Forget) -> tuple[str, ...]:
