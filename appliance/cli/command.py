@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +103,12 @@ def common_options(environment: bool = False) -> list[click.Option]:
 class Verb(click.Command):
     """A command whose options include the common ones (hidden in its own help, listed by `rewind --help`)."""
 
-    def __init__(self, *args: Any, exit_classes: Sequence[type[RewindError]] = (), **rest: Any) -> None:
+    def __init__(
+        self, *args: Any, exit_classes: Sequence[type[RewindError]] = (), codes: Mapping[int, str] | None = None,
+        **rest: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **rest)
+        self.codes: Mapping[int, str] = codes or {}
         self.exit_classes: tuple[type[RewindError], ...] = (*exit_classes, Interrupted)
         for option in common_options():
             option.hidden = True
@@ -124,15 +128,16 @@ class Verb(click.Command):
 
 
 def exits(command: Verb) -> list[tuple[int, str]]:
-    """(code, what it means) of the errors that this verb can end with, beside those of a bad argument."""
+    """(code, what it means) of the errors that this verb can end with, and of what it finds without failing."""
     from appliance.errors import ConfigError
 
     kinds: list[type[RewindError]] = sorted({ConfigError, *command.exit_classes}, key=lambda kind: kind.exit_code)
-    return [(kind.exit_code, kind.__name__) for kind in kinds]
+    return [*sorted(command.codes.items()), *((kind.exit_code, kind.__name__) for kind in kinds)]
 
 
 def verb(name: str, *exit_classes: type[RewindError], **rest: Any) -> Callable[[Callable[..., Any]], Verb]:
-    """Decorator: `@verb("points", DomainNotFound)`; the function gets the Context first."""
+    """Decorator: `@verb("points", DomainNotFound)`; the function gets the Context first. `codes` has the exit codes
+    that are no errors, below all others, and what they mean."""
     take_context = click.make_pass_decorator(Context, ensure=True)
 
     def decorate(function: Callable[..., Any]) -> Verb:

@@ -10,11 +10,12 @@ import re
 
 import click
 
+from appliance.cli import records
 from appliance.cli.app import VERBS, program
 from appliance.cli.command import Verb, exits
 from appliance.errors import exit_codes
 
-__all__ = ["page"]
+__all__ = ["exit_table", "page"]
 
 _WHEN = """\
 A point in the history of a domain is named by its id (or enough of its beginning), a label, `latest`, an ISO time of
@@ -66,11 +67,27 @@ def page() -> str:
         lines += _verb(root, f"rewind {name}", command)
     lines += [".SH NAMING A DOMAIN", *_text(_DOMAIN)]
     lines += [".SH NAMING AN INSTANT", *_text(_WHEN), ".SH EXIT STATUS"]
-    lines += _terms([("0", "done"), ("1", "done with warnings")])
-    lines += _terms([(str(code), name) for code, name, _template in exit_codes()])
+    lines += _terms([(f"{one.code} {one.id}", one.meaning) for one in exit_table()])
     lines += [".SH ENVIRONMENT", *_terms(_ENVIRONMENT), ".SH FILES", *_terms(_FILES)]
     lines += [".SH SEE ALSO", ".BR virsh (1), nbdinfo (1), nbdcopy (1), qemu-img (1), guestfish (1)"]
     return "\n".join(lines) + "\n"
+
+
+def exit_table() -> list[records.ExitCode]:
+    """Every exit code with its id and what it means, ascending."""
+    found = [
+        records.ExitCode(0, "done", "everything asked for is done"),
+        records.ExitCode(1, "warnings", "done, and something deserves a look (doctor, status)"),
+    ]
+    found += [records.ExitCode(code, name, _meaning(template)) for code, name, template in exit_codes()]
+    return [*found, records.ExitCode(143, "terminated", "ended by SIGTERM, everything in progress put back")]
+
+
+def _meaning(template: str) -> str:
+    """The message with `{object}` placeholders as a reader of a table wants them."""
+    if template == "{reason}":
+        return "several reasons, told in the message"
+    return re.sub(r"\{(\w+)(!r)?\}", r"<\1>", template)
 
 
 def _verb(root: click.Context, path: str, command: click.Command) -> list[str]:

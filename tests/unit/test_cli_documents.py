@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import resource
 import sqlite3
@@ -14,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 
-from appliance.cli import man, records
+from appliance.cli import main, man, records
 from appliance.cli.app import VERBS, program
 from appliance.cli.command import Verb
 
@@ -91,6 +92,25 @@ def test_help_ends_with_the_exit_codes(command):
     assert "Exit codes:" in text
     assert command.help, command.name
     assert command.get_short_help_str(), command.name
+
+
+def test_the_manual_says_what_exit_codes_mean(capsys):
+    """The same as `rewind help exit-codes`, also of those that no error has."""
+    assert main(["--json", "help", "exit-codes"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {0, 1, 2, 41, 130, 143} <= {one["code"] for one in found}
+    page = man.page()
+    for one in found:
+        term, meaning = (man._escape(text) for text in (f"{one['code']} {one['id']}", one["meaning"]))
+        assert f".B {term}\n{meaning}\n" in page
+
+
+@pytest.mark.parametrize(("name", "codes"), [("status", ["1"]), ("doctor", ["1", "2"])])
+def test_codes_that_are_no_errors_are_in_the_table_of_help(name, codes):
+    command = program.get_command(click.Context(program), name)
+    table = command.get_help(click.Context(command, info_name=name)).partition("Exit codes:")[2]
+    found = [line.split()[0] for line in table.splitlines() if line[:4].strip() or line.startswith("  ")]
+    assert found[: 1 + len(codes)] == ["0", *codes]
 
 
 def test_help_is_there_at_once():

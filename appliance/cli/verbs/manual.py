@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from appliance.cli import records
 from appliance.cli.command import Context, verb
 
 __all__ = ["completion_command", "help_command"]
@@ -41,29 +40,12 @@ def help_command(context: Context, topic: str | None) -> None:
 
 
 def _exit_codes(context: Context) -> None:
+    from appliance.cli.man import exit_table
     from appliance.cli.ui import table
-    from appliance.errors import exit_codes
 
-    fixed = [
-        records.ExitCode(0, "done", "everything asked for is done"),
-        records.ExitCode(1, "warnings", "done, and something deserves a look (doctor, check)"),
-    ]
-    signalled = [records.ExitCode(143, "terminated", "ended by SIGTERM, everything in progress put back")]
-    found = [records.ExitCode(code, name, _meaning(template)) for code, name, template in exit_codes()]
     context.output.emit_all(
-        fixed + found + signalled,
+        exit_table(),
         lambda rows: table(("code", "id", "meaning"), [(str(r.code), r.id, r.meaning) for r in rows], right=("code",)),
-    )
-
-
-def _meaning(template: str) -> str:
-    """The message with `{object}` placeholders as a reader of a table wants them."""
-    import re
-
-    return (
-        "several reasons, told in the message"
-        if template == "{reason}"
-        else re.sub(r"\{(\w+)(!r)?\}", r"<\1>", template)
     )
 
 

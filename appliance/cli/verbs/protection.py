@@ -166,7 +166,7 @@ def _taken(record: records.Point) -> str:
     return "\n".join([*lines, *(f"  {note}" for note in record.notes)])
 
 
-@verb("status", ConnectError, DomainNotFound, WrongKey)
+@verb("status", ConnectError, DomainNotFound, WrongKey, codes={1: "done, and something deserves a look"})
 @domain_argument(required=False)
 @click.option("--all", "everything", is_flag=True, help="Domains that are not protected, too.")
 def status_command(context: Context, domain: str | None, everything: bool) -> int:

@@ -138,7 +138,7 @@ def _emit_key(context: Context, found: object, action: str, text: str, path: Pat
     context.output.emit(records.Key(found.id, action, path or found.path, found.locked), text)
 
 
-@verb("doctor", FenceError)
+@verb("doctor", FenceError, codes={1: "something deserves a look", 2: "something has to be mended"})
 @domain_argument(required=False)
 @click.option("--fix", is_flag=True, help="Install the libvirt hook that reverts need, then look.")
 def doctor_command(context: Context, domain: str | None, fix: bool) -> int:
