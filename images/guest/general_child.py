@@ -125,8 +125,10 @@ class GuestfsReader:
 
     def _arrays(self, found: Mapping[str, _Device]) -> Iterator[tuple[str, _Device]]:
         for device in self._call(self._g.list_md_devices):
-            members = [f"/dev/{one['mdstat_device']}" for one in self._call(self._g.md_stat, device)]
-            yield device, _above(device.removeprefix("/dev/"), [found[one] for one in members], Layer.MD)
+            # With or without the folder, by its version.
+            members = [one["mdstat_device"].removeprefix("/dev/") for one in self._call(self._g.md_stat, device)]
+            below = [found[f"/dev/{name}"] for name in sorted(members) if f"/dev/{name}" in found]
+            yield device, _above(device.removeprefix("/dev/"), below, Layer.MD)
 
     def _opened(self, found: Mapping[str, _Device]) -> Iterator[tuple[str, _Device]]:
         there = {device.name for device in found.values()}

@@ -20,8 +20,8 @@ from images.guest.inspect import client_of, find_system
 from images.guest.journal import open_ext4
 from images.guest.reader import ConfinedTree
 from images.guest.sources import open_disks, serve_disks
-from images.model import Layer
-from tests.guests import packages
+from images.model import Generator, Layer
+from tests.guests import clients, packages
 from tests.support import world
 from tests.support.guestdisk import DEBIAN, Link, debian, ext4, image_of, partitioned, walked, write_tree
 
@@ -139,7 +139,8 @@ def _same(crash, truth):
 
 KEY = b"a pass phrase"
 FILES = {"/etc/file": "content", "/link": Link("etc/file"), "/out": Link("../../../etc/passwd"),
-         "/circle": Link("circle"), "/big": bytes(range(256)) * 20000, "/names/with space": "", "/names/\N{SNOWMAN}": ""}  # fmt: skip
+         "/circle": Link("circle"), "/big": bytes(range(256)) * 20000, "/names/with space": "",
+         "/names/\N{SNOWMAN}": ""}  # fmt: skip
 
 
 def made_appliance(folder):
@@ -175,7 +176,7 @@ def layered(folder, appliance):
     """Two disks: md over both, LVM on it, a thin volume with ext4, and LUKS2 on another volume with ext4 in it. What
     makes them is libguestfs itself: there is no device mapper in this kernel."""
     script = """
-import os, sys
+import sys
 import guestfs
 g = guestfs.GuestFS(python_return_dict=True)
 for path in sys.argv[2:4]:
@@ -185,7 +186,7 @@ g.launch()
 for disk in "ab":
     g.part_disk(f"/dev/sd{disk}", "gpt")
 g.md_create("r", ["/dev/sda1", "/dev/sdb1"], level="raid1")
-g.pvcreate("/dev/md127" if g.exists("/dev/md127") else g.list_md_devices()[0])
+g.pvcreate(g.list_md_devices()[0])
 g.vgcreate("group", g.list_md_devices())
 g.lvcreate("locked", "group", 60)
 g.debug("sh", ["lvm lvcreate -T -L 100M -V 80M -n thin group/pool"])
@@ -312,6 +313,30 @@ def test_what_only_the_general_reader_knows(general, name, fs, layers):
             tree.read(path, 100)
     with pytest.raises(GuestUnreadable, match="at most 3"):
         tree.read("/etc/file", 3)
+
+
+@needs_world
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("name", "layers", "generator"), [
+    ("mbr", (Layer.PARTITION,), Generator.INITRAMFS_TOOLS), ("dracut", (Layer.PARTITION, Layer.LVM), Generator.DRACUT),
+])  # fmt: skip
+def test_real_clients_at_both_instants(tmp_path, name, layers, generator):
+    """P6-01, P6-02: Debians that have run, of which the second instant is a disk that was in use before."""
+    files = clients.build(name)
+    origin = clients.ORIGINS[name]
+    for instant, setting in (("first", 42), ("second", 43)):
+        with open_guest({"vda": str(files.disk(instant))}, tmp_path) as guest:
+            client = guest.client
+            assert guest.reader == "fast"
+            assert (client.release, client.generator, client.root.layers) == (files.kernel, generator, layers)
+            assert f"client.setting={setting}" in client.command_line.split()
+            menu = files.expected[instant]["menu"].split()
+            assert client.command_line.split() == [word for word in menu if not word.startswith("BOOT_IMAGE=")]
+            assert set(client.nics) == {origin.nic_name}
+            alias = guest.tree.read(f"{client.modules}/modules.alias", 16 << 20)
+            assert alias.startswith(b"#") and b"alias pci:" in alias
+            assert client.warnings == ()
 
 
 @needs_world

@@ -91,11 +91,18 @@ attempts = {
     "host name": lambda: call("sethostname", b"x", 1),
     "code in memory": lambda: call("mmap", None, 4096, 5, 0x22, -1, 0) ,
     "bpf": lambda: call("syscall", 321, 0, None, 0),
+    "devices": lambda: os.listdir("/dev"),
+    "write to /usr": lambda: write("/usr/x"),
     "keys": lambda: call("syscall", 250, 0, -3, 1),
 }
 parent = socket.socket(fileno=int(sys.argv[-1]))
 PORT = 9
-enter(parent, Cage(seccomp=Seccomp(MODE)))
+if MODE == "programs":
+    from images.guest.general_child import cage
+    where = cage({"vda": SOCKET}, os.path.dirname(HOST) + "/shown")
+else:
+    where = Cage(seccomp=Seccomp(MODE))
+enter(parent, where)
 while True:
     try:
         question, _ = wire.receive(parent)
@@ -140,6 +147,7 @@ class Prisoner:
         self._listening[2].bind(("127.0.0.1", 0))
         for one in self._listening:
             one.listen()
+        (folder / "shown").mkdir()
         program = folder / "attempts.py"
         port = self._listening[2].getsockname()[1]
         program.write_text(ATTEMPTS.replace("PORT = 9", f"PORT = {port}"))
@@ -185,6 +193,39 @@ def test_there_is_no_way_out_by_the_namespaces_alone(without_seccomp, what):
     """I5: no wall is the only one."""
     assert without_seccomp.attempt(what) == {"refused": WALLS[what]}
     assert without_seccomp.secret.read_text() == "of the host"
+
+
+# libguestfs and QEMU need programs and files; what they may not is the same.
+WIDER = {
+    **{what: error for what, error in WALLS.items() if error}, "read /etc/passwd": "", "fork": "", "run a program": "",
+    "more memory": "", "more descriptors": "", "write to /tmp": "", "trace the parent": "EPERM", "a device": "EPERM",
+    "new namespaces": "EPERM", "bpf": "EPERM", "keys": "EPERM", "load a module": "EPERM",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory):
+    one = Prisoner(tmp_path_factory.mktemp("cage"), Seccomp.PROGRAMS)
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize("what", [what for what, error in WIDER.items() if error])
+def test_there_is_no_way_out_of_the_cage_of_libguestfs(wider, what):
+    """I5."""
+    assert wider.attempt(what) == {"refused": WIDER[what]}
+    assert wider.secret.read_text() == "of the host"
+
+
+def test_what_the_cage_of_libguestfs_shows(wider):
+    """No /dev/kvm, no home, no /etc but for two files; and nothing that could be written but its own memory."""
+    shown = wider.attempt("look around")["done"]
+    assert sorted(json.loads(shown.replace("'", '"'))) == sorted(
+        ["usr", "etc", "dev", "appliance", "disks", "bin", "sbin", "lib", "lib64", "var", "tmp"]
+    )
+    devices = json.loads(wider.attempt("devices")["done"].replace("'", '"'))
+    assert sorted(devices) == ["null", "random", "urandom", "zero"]
+    assert wider.attempt("write to /usr") == {"refused": "EROFS"}
 
 
 def test_there_is_nothing_inside(without_seccomp):
