@@ -118,5 +118,5 @@ def test_dangers_of_this_qemu_are_told_when_capture_begins(version, iothread, wo
     disk = type("D", (), {"iothread": iothread, "target": "vda"})
     domain = type("V", (), {"state": lambda _: DomainState.RUNNING, "disks": lambda _: [disk],
                             "process": lambda _: type("P", (), {"version": version})})()  # fmt: skip
-    verbs._tell_dangers(type("S", (), {"say": said.append}), domain, ("vda",))
+    verbs._tell_dangers(type("S", (), {"warn": said.append}), domain, ("vda",))
     assert (words in "".join(said)) if words else said == []
