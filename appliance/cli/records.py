@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 __all__ = [
     "Branch", "Bucket", "Capture", "CaptureEvent", "CheckSummary", "DaemonEvent", "Diff", "DiffExtent", "DiskBytes",
     "DoctorCheck", "DoctorSummary", "DomainStatus", "Error", "ExitCode", "Export", "Forget", "ForgetSummary", "Gap",
-    "Gc", "ImageBuilt", "ImageDrivers", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved", "ImageRunning",
-    "ImageStarted", "ImageTarget", "ImageTemplate", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused",
+    "Gc", "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved",
+    "ImageRunning", "ImageStarted", "ImageTarget", "ImageTemplate", "ImageVerified", "Initialised",
+    "Key", "Lane", "LastGap", "Mark", "Paused",
     "Point", "PointsSummary", "Problem", "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted",
     "Span", "Status", "Timeline", "Unprotected", "to_json",
 ]  # fmt: skip
@@ -578,6 +579,39 @@ class ImageRunning(Record):
     total_bytes: int
     left: tuple[str, ...]
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVerified(Record):
+    type = "image-verified"
+    domain: str
+    point: str
+    time: datetime
+    target: str
+    booted: bool
+    reasons: tuple[str, ...]
+    kernels: tuple[str, ...]
+    failed: tuple[str, ...]
+    differences: tuple[str, ...]
+    system: Mapping[str, Any]
+    machine: str
+    accelerator: str
+    seconds: float
+    ended: str
+    added: tuple[str, ...]
+    evidence: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEvidence(Record):
+    type = "image-evidence"
+    point: str
+    time: datetime
+    booted: bool
+    name: str
+    document: Mapping[str, Any]
+    files: tuple[Path, ...]
 
 
 def to_json(record: Record) -> dict[str, Any]:

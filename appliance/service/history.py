@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from appliance.errors import DiskNotFound
 from appliance.extents import Extent
-from appliance.model import DiskKind, DiskPoint, Point
+from appliance.model import Consistency, DiskKind, DiskPoint, Point
 from appliance.service.capturing import missing
 from appliance.service.naming import uuid_of
 from appliance.timeline.catalogue import Gap, Summary
@@ -47,9 +47,23 @@ def history(session: Session, name: str, now: datetime | None = None, measure: b
     uuid, domain = uuid_of(session, name, reading=True)
     record = session.record(uuid)
     found = session.catalogue.points(uuid, measure)
+    _tell_tests(session, found)
     every, continuous = (record.every, record.continuous) if record else (None, False)
     spans = Ledger(session.home.ledger(uuid)).spans()
     return History(domain, uuid, found, missing(found, every, spans, continuous, now or datetime.now(UTC)))
+
+
+def _tell_tests(session: Session, points: list[Summary]) -> None:
+    """What test boots showed since: a point itself is never written again."""
+    from appliance.service.image import evidence
+
+    marks = evidence.known(session)
+    for one in points:
+        mark = marks.get(one.id)
+        if mark is not None and mark.booted:
+            one.consistency = Consistency.BOOTED.value
+        elif mark is not None:
+            one.notes = (*one.notes, "it did not boot as a test: see `rewind image evidence`")
 
 
 def resolve(

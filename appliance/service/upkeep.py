@@ -12,6 +12,7 @@ from appliance.errors import ConfigError, NoSuchPoint
 from appliance.model import Point
 from appliance.restore.intent import undo_point
 from appliance.service.history import resolve
+from appliance.service.image import evidence
 from appliance.service.naming import uuid_of
 from appliance.service.session import Progress, Session, silent
 
@@ -78,6 +79,7 @@ def forget(
         for one in decisions:
             if not one.keep:
                 session.repository.delete_point(one.point.id)
+        evidence.drop_orphans(session, {point for _uuid, point in session.repository.point_ids()})
         session.catalogue.refresh()
     return decisions
 

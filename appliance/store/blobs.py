@@ -1,6 +1,6 @@
 """Small libraries that belong to a repository and to no domain, as files in parts (parted.py).
 
-blobs/KIND/NAME        KIND is `templates`, `targets`, `drivers`; needed by no point, and gc deletes none
+blobs/KIND/NAME        KIND is `templates`, `targets`, `drivers`, `evidence`; needed by no point, gc deletes none
 """
 
 from __future__ import annotations

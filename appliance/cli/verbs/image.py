@@ -13,6 +13,7 @@ from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, rate_option
 from appliance.cli.text import clock, counted
+from appliance.cli.verbs.verification import evidence_command, verify_command
 from appliance.errors import (
     AlreadyExists,
     AmbiguousPoint,
@@ -456,7 +457,7 @@ for _group, _verbs in (
     (target_command, (_target_add, _target_list, _target_show, _target_remove, _target_profiles, _target_script)),
     (template_command, (_template_build, _template_list, _template_remove)),
     (drivers_command, (_drivers_add, _drivers_list, _drivers_remove)),
-    (image_command, (_plan, _build, _start, _list, _resume, _forget)),
+    (image_command, (_plan, _build, _start, _list, _resume, _forget, verify_command, evidence_command)),
 ):
     for _one in _verbs:
         _group.add_command(_one)
