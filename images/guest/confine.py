@@ -75,7 +75,7 @@ class Seccomp(Enum):
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Of each process inside. `memory` in bytes of address space, 0: none; `seconds` of processor time; `files` open at
-    once; `file_bytes` that it can write to one file."""
+    once; `file_bytes` that it can write to one file; `processes`: whether it may start any."""
 
     memory: int = 1 << 30
     seconds: int = 600

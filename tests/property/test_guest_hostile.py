@@ -27,7 +27,7 @@ from images.tree import Kind
 from tests.support.guestdisk import DEBIAN, Link, ext4, partitioned, write_tree
 
 MiB = 1 << 20
-QUICK = settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 # A folder damaged to hold itself has no end.
 DEEPEST, MOST = 6, 300
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from images.guest.blocks import Cached
 
-__all__ = ["DEBIAN", "FileBlocks", "Link", "bzimage", "debian", "ext4", "image_of", "partitioned", "walked", "write_tree"]
+__all__ = [
+    "DEBIAN", "FileBlocks", "Link", "bzimage", "debian", "ext4", "image_of", "partitioned", "walked", "write_tree",
+]  # fmt: skip
 
 MiB = 1 << 20
 

@@ -1,8 +1,12 @@
 """From a guest's files to its Client: boot loaders, names of devices, networks, and what is malformed."""
 
+import subprocess
+import time
+
 import pytest
 
-from appliance.errors import GuestUnreadable
+from appliance.errors import ConfigError, ConnectError, GuestUnreadable
+from appliance.process import Child
 from images.guest import open_guest
 from images.guest.bootloader import boot_entry
 from images.guest.files import Walker
@@ -14,6 +18,7 @@ from images.guest.network import interfaces
 from images.guest.volumes import Volume
 from images.model import Firmware, Generator, Layer, Mount
 from tests.support.guestdisk import DEBIAN, Link, bzimage, debian, ext4, image_of, partitioned, write_tree
+from tests.support.limits import limit
 
 RELEASE = "6.1.0-50-amd64"
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -52,10 +57,53 @@ def test_a_debian_is_read_as_it_would_start(tmp_path):
 
 
 @pytest.mark.timeout(60)
+def test_one_guest_by_every_kind_of_disk(tmp_path):
+    """P6-16: an export of an NBD server, as a point is served; qcow2; raw."""
+    raw = debian(tmp_path / "disk")
+    qcow2, socket = tmp_path / "disk.qcow2", tmp_path / "nbd.sock"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2], check=True)
+    server = ["qemu-nbd", "--read-only", "--format=raw", "--persistent", "--export-name=v d", f"--socket={socket}", raw]
+    clients = []
+    with Child(server, name="qemu-nbd") as child:
+        wait_for(socket, child)
+        for spec in (f"nbd+unix:///v%20d?socket={socket}", str(raw), f"raw:{raw}", str(qcow2), f"qcow2:{qcow2}"):
+            with open_guest({"vda": spec}, tmp_path) as guest:
+                clients.append(guest.client)
+    assert all(client == clients[0] for client in clients)
+    with pytest.raises(ConfigError, match="disk '/none' cannot be opened: No such file"):
+        with open_guest({"vda": "/none"}, tmp_path):
+            pass
+    with pytest.raises(ConfigError, match=r"disk '.*disk.raw' cannot be opened: .*not in qcow2 format"):
+        with open_guest({"vda": f"qcow2:{raw}"}, tmp_path):
+            pass
+    with pytest.raises(ConnectError):
+        with open_guest({"vda": "nbd+unix:///vda?socket=/none"}, tmp_path):
+            pass
+
+
+def wait_for(socket, child):
+    deadline = time.monotonic() + limit(20)
+    while not socket.exists():
+        assert child.alive() and time.monotonic() < deadline, child.tail()
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(60)
+def test_a_disk_that_goes_away_while_it_is_read(tmp_path):
+    """A server that ends is an unreadable guest, not a crash."""
+    raw, socket = debian(tmp_path / "disk", {"/usr/big": bytes(range(256)) * 20000}), tmp_path / "nbd.sock"
+    server = ["qemu-nbd", "--read-only", "--format=raw", "--persistent", f"--socket={socket}", raw]
+    with Child(server, name="qemu-nbd") as child:
+        wait_for(socket, child)
+        with open_guest({"vda": f"nbd+unix:///?socket={socket}"}, tmp_path) as guest:
+            child.kill()
+            with pytest.raises(GuestUnreadable, match="disk 'vda' cannot be read"):
+                guest.tree.read("/usr/big", 8 << 20)
+
+
+@pytest.mark.timeout(60)
 def test_an_uefi_system_with_its_esp(tmp_path):
     """The firmware is what the disk is set up for; shim and GRUB are where they are on the ESP."""
-    import subprocess
-
     esp = tmp_path / "esp"
     esp.write_bytes(bytes(4 << 20))
     subprocess.run(["mkfs.vfat", "-i", "ABCD1234", esp], check=True, capture_output=True)
