@@ -156,7 +156,7 @@ def client_of(tree: Tree, system: System, volumes: Sequence[Volume]) -> Client:
     firmware, shim, grub = _firmware(tree, system, volumes)
     return Client(
         host=_host(tree),
-        os_id=printable(about.get("ID", "linux"), 64),
+        os_id=_os_id(about.get("ID", "")),
         os_name=printable(about.get("PRETTY_NAME", about.get("NAME", "Linux"))),
         release=release,
         kernel=boot.kernel,
@@ -174,6 +174,11 @@ def client_of(tree: Tree, system: System, volumes: Sequence[Volume]) -> Client:
         grub=grub,
         warnings=tuple(dict.fromkeys((*warnings, *boot.warnings))),
     )
+
+
+def _os_id(word: str) -> str:
+    """As os-release(5) allows it, which is fit for a folder's name; `linux`, its default, for anything else."""
+    return word if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", word) else "linux"
 
 
 def _host(tree: Tree) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
 _SMALLEST = 36 * MiB
 _CLUSTERS_FAT16 = 65000
 _LABEL = "REWIND"
+# Of a path: no `..`, nothing empty and so nothing absolute, nothing that a tool would take for an option or a pattern.
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _GPT_END = 33  # sectors of the second table, at the end of a disk
 _ALIGNED = MiB // SECTOR
 
@@ -40,7 +43,8 @@ class Partition:
 
 def write_fat(parts: Parts, files: Mapping[str, Path | bytes], out: Path, *, removable: bool = False) -> None:
     """A file system with these files by path: FAT32, or on a removable medium a FAT16 that is no larger than what is in
-    it (UEFI specification, "File System Format": firmware reads both). Raises ToolFailed."""
+    it (UEFI specification, "File System Format": firmware reads both). Raises ToolFailed, ImageError for a name that is
+    none or there twice (FAT knows no case)."""
     tree = parts.work / f"{out.name}.tree"
     size = _lay_out(tree, files, parts.epoch)
     # Two tables of four bytes a cluster, the folders, and the end of each file's last cluster.
@@ -84,7 +88,9 @@ def _fat16(total: int) -> list[str]:
 
 
 def _lay_out(tree: Path, files: Mapping[str, Path | bytes], epoch: int) -> int:
-    """The files as a folder with fixed times, for a tool that copies folders; their bytes."""
+    """The files as a folder with fixed times, for a tool that copies folders; their bytes. Raises ImageError for a name
+    that leads out of the folder, before anything is written: a part of it may be a guest's word."""
+    _check_names(files)
     size = 0
     for name, content in files.items():
         path = tree / name
@@ -97,6 +103,16 @@ def _lay_out(tree: Path, files: Mapping[str, Path | bytes], epoch: int) -> int:
     for path in (*tree.rglob("*"), tree):
         os.utime(path, (epoch, epoch))
     return size
+
+
+def _check_names(names: Iterable[str]) -> None:
+    known: dict[str, str] = {}
+    for name in names:
+        if not all(_PART.fullmatch(part) for part in name.split("/")):
+            raise ImageError(reason=f"{name!r} is no name for a file of a medium")
+        other = known.setdefault(name.casefold(), name)
+        if other != name:
+            raise ImageError(reason=f"{other!r} and {name!r} are the same file on a medium")
 
 
 def _copy_sparse(source: Path, target: Path, offset: int) -> None:

@@ -168,6 +168,15 @@ def test_what_is_not_a_system_that_starts_is_refused_with_the_reason(tmp_path, c
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("word", ["../../../../../../boot/grub", "/etc", ".x", "", "Debian", "a b", "a" * 65])
+def test_a_system_with_a_strange_id_is_some_linux(tmp_path, word):
+    """The word becomes a folder of a medium: os-release(5) allows letters, digits and three marks, and no path."""
+    image = debian(tmp_path / "disk", {"/usr/lib/os-release": f'ID="{word}"\nPRETTY_NAME="x"\n'})
+    with open_guest({"vda": str(image)}, tmp_path) as guest:
+        assert guest.client.os_id == "linux"
+
+
+@pytest.mark.timeout(60)
 def test_what_is_not_needed_and_malformed_is_a_warning(tmp_path):
     image = debian(tmp_path / "disk", {
         "/etc/netplan/x.yaml": "network: [", "/etc/netplan/y.yaml": "[" * 100000,

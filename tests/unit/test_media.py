@@ -110,6 +110,16 @@ def test_signed_chain_instead_of_a_uki(parts, template, tmp_path):
     assert is_signed(chain.shim.read_bytes()) and is_signed(chain.grub.read_bytes())
 
 
+@pytest.mark.parametrize("vendor", ["../../../../boot/grub", "/etc", "a/../../b", "", "boot", "a\nb"])
+def test_a_file_of_a_medium_stays_inside_it(vendor, parts, template, tmp_path):
+    """A guest's word in a path cannot lead out of the folder that is laid out, nor onto another file of the medium."""
+    chain = SignedChain(template.loaders / "shim.efi", template.loaders / "grub.efi", vendor)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ImageError, match=r"is no name for a file of a medium|the same file on a medium"):
+        media()["esp"].make(replace(parts, signed=chain), tmp_path / "a.img")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_network_files(parts, tmp_path):
     folder = tmp_path / "pxe"
     media()["pxe"].make(parts, folder)
