@@ -18,8 +18,17 @@ def grub(parts: Parts, kernel: str, initrd: str) -> bytes:
 
 
 def ipxe(parts: Parts, kernel: str, initrd: str) -> bytes:
-    """With `initrd=` for kernels that are started by their EFI stub, which looks for it by that name."""
-    _refuse(parts, "${", "iPXE")
+    """With `initrd=` for kernels that are started by their EFI stub, which looks for it by that name. Raises ImageError
+    for a word that iPXE acts on: it has no quotes that could keep it from that.
+
+    Source: iPXE, src/core/exec.c (`command_terminator`) and src/core/settings.c (`expand_settings`).
+    """
+    for word in parts.command_line.split():
+        if "${" in word or word in ("||", "&&", ";") or word.startswith("#"):
+            raise ImageError(
+                reason=f"the command line has the word {word!r}, which iPXE would take for its own",
+                hint="a medium other than pxe passes it on",
+            )
     words = f"kernel {kernel} initrd={initrd} {parts.command_line}"
     return f"#!ipxe\n{words}\ninitrd {initrd}\nboot\n".encode()
 
@@ -42,8 +51,3 @@ def _quoted(word: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_./:=,@%+-]+", word):
         return word
     return "'" + word.replace("'", "'\\''") + "'"
-
-
-def _refuse(parts: Parts, text: str, who: str) -> None:
-    if text in parts.command_line:
-        raise ImageError(reason=f"the command line has {text!r}, which {who} would take for its own")
