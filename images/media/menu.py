@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 
 from appliance.errors import ImageError
+from images.drivers.settle import words_of
 from images.media.base import Parts
 
 __all__ = ["grub", "ipxe", "pxelinux"]
 
 
 def grub(parts: Parts, kernel: str, initrd: str) -> bytes:
-    """`kernel` and `initrd` are paths on the volume that GRUB has as its root."""
-    line = " ".join(_quoted(word) for word in parts.command_line.split(" ") if word)
+    """`kernel` and `initrd` are paths on the volume that GRUB has as its root.
+
+    A word with spaces in quotes stays one, without its quotes: GRUB puts others around it for the kernel, and would put
+    a backslash before those that are in it (grub-core/lib/cmdline.c).
+    """
+    words = (word.replace('"', "") for word in words_of(parts.command_line))
+    line = " ".join(_quoted(word) for word in words if word)
     lines = [*_grub_console(parts.console), f"linux {kernel} {line}", f"initrd {initrd}", "boot"]
     return "".join(f"{one}\n" for one in lines).encode()
 

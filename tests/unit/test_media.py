@@ -152,10 +152,36 @@ def test_grub_takes_a_hostile_command_line_for_words(parts):
     """A guest's command line is text, and no program of GRUB's."""
     hostile = replace(parts, command_line="a;halt $root ${x} 'y' \"z\" #c {d} plain=1", console="ttyS1,9600")
     text = menu.grub(hostile, "/k", "/i").decode()
-    assert "linux /k 'a;halt' '$root' '${x}' ''\\''y'\\''' '\"z\"' '#c' '{d}' plain=1\n" in text
+    assert "linux /k 'a;halt' '$root' '${x}' ''\\''y'\\''' z '#c' '{d}' plain=1\n" in text
     assert "serial --unit=1" in text
     with pytest.raises(ImageError, match="iPXE"):
         menu.ipxe(hostile, "k", "i")
+
+
+@pytest.mark.parametrize("line", ["a || shell", "a && shell", "a ; shell", "a #b", 'x="a ; shell"', "a ${net0/mac}"])
+def test_ipxe_is_given_no_words_that_it_acts_on(line, parts):
+    """It has no quotes: what ends its command or begins a comment would let a guest's line go on as commands."""
+    with pytest.raises(ImageError, match=r"which iPXE would take for its own"):
+        menu.ipxe(replace(parts, command_line=f"root=/dev/x {line}"), "k", "i")
+    harmless = replace(parts, command_line="a||b a&&b a;b a#b a;")
+    assert b"initrd=i a||b a&&b a;b a#b a;\n" in menu.ipxe(harmless, "k", "i")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('dyndbg="file a.c +p" ro', "'dyndbg=file a.c +p' ro"),
+        ('"a=b  c" ro', "'a=b  c' ro"),
+        ('a="b" ro', "a=b ro"),
+        ("a=it's ro", "'a=it'\\''s' ro"),
+        ('a="" "" ro', "a= ro"),
+        ('a="not closed ro', "'a=not closed ro'"),
+    ],
+)
+def test_grub_passes_on_a_word_with_spaces_as_one(line, words, parts):
+    """P6-04: GRUB puts quotes around a word with spaces itself, and a backslash before one that is in it."""
+    text = menu.grub(replace(parts, command_line=line), "/k", "/i").decode()
+    assert f"linux /k {words}\n" in text
 
 
 @pytest.mark.parametrize("data", [b"", b"MZ", b"MZ" + bytes(400), b"MZ" + b"\xff" * 400, b"\x7fELF" + bytes(600)])
