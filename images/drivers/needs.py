@@ -31,8 +31,13 @@ class Need:
 _FS_NAMES = {"ext2": ("fs-ext2", "ext2", "ext4"), "ext3": ("fs-ext3", "ext3", "ext4"), "msdos": ("fs-vfat", "vfat")}
 _FAT = frozenset({"vfat", "msdos"})
 # Which of them an array, a volume or a header wants is written on the disk: those that the kernel has are taken along.
+# The kernel asks for many of them by request_module alone (`md-level-1` of a dm-raid too, a cache's policy): no other
+# module depends on them, and our init has no modprobe that it could ask.
 _MD_LEVELS = ("raid1", "raid10", "raid456", "raid0", "linear")
-_LVM_KINDS = ("dm_thin_pool", "dm_raid", "dm_mirror", "dm_snapshot")
+_LVM_KINDS = (
+    "raid1", "raid10", "raid456", "raid0", "dm_raid", "dm_mirror", "dm_snapshot", "dm_thin_pool", "dm_cache",
+    "dm_cache_smq", "dm_writecache", "dm_integrity",
+)  # fmt: skip
 _CIPHERS = (
     "crypto-aes", "crypto-xts", "crypto-cbc", "crypto-essiv", "crypto-sha256", "crypto-sha512", "algif_skcipher",
 )  # fmt: skip

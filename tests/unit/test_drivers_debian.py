@@ -235,7 +235,8 @@ def test_both_drivers_that_an_alias_names_are_told(generic, cloud):
 @pytest.mark.parametrize(
     ("layer", "names"),
     [
-        (Layer.LVM, {"dm_mod", "dm_thin_pool"}),
+        (Layer.LVM, {"dm_mod", "dm_thin_pool", "dm_raid", "raid1", "raid10", "raid0", "dm_cache", "dm_cache_smq"}),
+        (Layer.LVM, {"dm_writecache", "dm_integrity"}),
         (Layer.MD, {"md_mod", "raid1", "raid456"}),
         (Layer.LUKS, {"dm_mod", "dm_crypt", "xts", "aes_generic", "usbhid", "hid_generic", "xhci_pci"}),
     ],

@@ -101,6 +101,27 @@ def test_a_driver_that_both_kernels_have_built_in_is_recognised():
     assert make_plan(CLIENT, tables, target(NVME), tables).missing[0].module == NVME
 
 
+_LEVELS = {"raid0", "raid1", "raid10", "raid456"}
+_KINDS = {
+    "dm_mod", "dm_raid", "dm_mirror", "dm_snapshot", "dm_thin_pool", "dm_cache", "dm_cache_smq", "dm_writecache",
+    "dm_integrity", *_LEVELS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"), [(Layer.LVM, _KINDS), (Layer.MD, {"md_mod", "linear", *_LEVELS})], ids=["lvm", "md"]
+)
+def test_what_the_kernel_would_ask_modprobe_for_is_loaded_beforehand(layer, names):
+    """P6-07: dm-raid depends on raid456 alone, levels and policies come by request_module, and our init has no
+    modprobe. A level that the kernel has not is none that it could have used."""
+    for there in (names, names - {"raid10", "raid0", "dm_cache", "dm_cache_smq", "dm_writecache", "dm_integrity"}):
+        files = "".join(f"k/{name}.ko:\n" for name in ("nvme", "ext4", *sorted(there)))
+        aliases = b"alias pci:v*d*sv*sd*bc01sc08i02* nvme\nalias fs-ext4 ext4\n"
+        tables = parse(RELEASE, {"modules.dep": files.encode(), "modules.alias": aliases})
+        one = plan(tables=tables, root=replace(ROOT, layers=(Layer.PARTITION, layer), volume="vg/root"))
+        assert {f"k/{name}.ko" for name in there} <= set(one.load) and not one.missing
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
