@@ -7,6 +7,10 @@
     FOLDER/report.json                 `image`: equal for equal builds; `run`: times of this one
 
 What can be refused is refused before anything is written. The folder appears whole or not at all.
+
+An image may hold what the client's initrd holds, which can be the key of its disks. Only the user who built it reads it:
+files are 0600, and folders 0711, so that whoever starts a machine from a file can hand that one over to the machine's
+user (by its owner or an ACL) and it is reached.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ _EPOCH = 1704067200
 # Folder below /EFI where a distribution's GRUB looks for its configuration, where it is not named as in os-release.
 _VENDORS = {"rhel": "redhat"}
 _SIGNED_PROGRAM = 16 << 20
+_FOLDER_MODE, _FILE_MODE = 0o711, 0o600
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ def build_image(
     """Build all `media` of one plan into `folder`, which must not exist. `tree` is the client's.
 
     Same point, target, template and settings: same digests. Builds in several threads or processes do not meet.
+    Its files can be read by this user alone; who starts a machine from them hands them over.
     Raises DriversMissing, NotSigned, TargetExists, GuestUnreadable, ImageError, ToolFailed; nothing is left then.
     """
     clock = _Clock()
@@ -156,11 +162,11 @@ def _signed_chain(plan: Plan, tree: Tree, template: Template, contents: Contents
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """A folder beside the later one, and in it the later one under another name."""
+    """A folder beside the later one, which nobody else can enter, and in it the later one under another name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        (scratch / "made").mkdir(mode=0o755)
+        (scratch / "made").mkdir()
         (scratch / "work").mkdir()
         yield scratch, scratch / "made"
     finally:
@@ -207,8 +213,9 @@ def _make(chosen: Sequence[Medium], parts: Parts, made: Path, clock: _Clock) -> 
 
 
 def _settle(made: Path) -> None:
-    """On the disk before it has its name."""
+    """For nobody else, whatever tools and umask made of it, and on the disk before it has its name."""
     for path in (*made.rglob("*"), made):
+        path.chmod(_FOLDER_MODE if path.is_dir() else _FILE_MODE)
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -315,6 +315,25 @@ def test_build_is_reproducible_and_tells_all(template, client, plan, tmp_path):
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("mask", [0o000, 0o077])
+def test_an_image_is_read_by_who_made_it_alone(mask, template, client, plan, tmp_path):
+    """I7: in append mode the initrd is the client's, with whatever key is in it. Whoever gets one file of it handed over
+    can pass through the folder."""
+    initrd = {"mode": "append", "client": replace(plan.client, initrd="/etc/hostname")}
+    before = os.umask(mask)
+    try:
+        built = build_image(
+            replace(plan, **initrd), client.tree(), template, media=["uki", "pxe"], folder=tmp_path / "x"
+        )
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (built.folder, *built.folder.rglob("*"))}
+    assert len(modes) > 10
+    for path, mode in modes.items():
+        assert mode == (0o711 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.timeout(120)
 def test_builds_at_once_are_as_if_alone(template, client, tmp_path):
     """P6-29: two targets and two plans at once; each has what it has alone, and another plan is another image."""
     plans = {
