@@ -10,7 +10,7 @@ import pytest
 
 from appliance.capture import ship
 from appliance.journal import Journal
-from appliance.store import Key, Repository, open_backend, segments
+from appliance.store import Key, Repository, open_backend, parted
 from appliance.store.check import check
 from tests.support.deathcalls import die_at
 from tests.support.journal import Scribe
@@ -49,7 +49,7 @@ def killed(folder: Path, spool: Path, number: int) -> bool:
 @pytest.fixture
 def spool(tmp_path, monkeypatch):
     """Two segments, of three parts and of one."""
-    monkeypatch.setattr(segments, "PART", segments.FRAME)
+    monkeypatch.setattr(parted, "PART", parted.FRAME)
     (tmp_path / "spool").mkdir()
     scribe, dice = Scribe(tmp_path / "spool", {"vda": 64 << 20}), random.Random(8)
     for turn in range(3):

@@ -12,7 +12,7 @@ import pytest
 from appliance.capture import ship
 from appliance.errors import AlreadyExists, RewindError, SegmentCorrupt, SequenceMissing, Temporary
 from appliance.journal import Segment
-from appliance.store import Key, Repository, segments
+from appliance.store import Key, Repository, parted
 from appliance.store.backend.faulty import Crashed, Fault, Faulty, at
 from appliance.store.backend.memory import MemoryBackend
 from appliance.store.check import check
@@ -220,7 +220,7 @@ def test_errors_at_every_operation(place, scribe, tmp_path, fault):
 @pytest.mark.parametrize("fault", [Fault.CRASH_BEFORE, Fault.CRASH_AFTER])
 def test_death_at_every_operation(place, scribe, tmp_path, monkeypatch, fault):
     """P5-31: shipping and retiring, in parts, killed before and after each call: the next one ends it."""
-    monkeypatch.setattr(segments, "PART", 8 * segments.FRAME)
+    monkeypatch.setattr(parted, "PART", 8 * parted.FRAME)
     sizes = DISKS | {"vda": 64 << 20}
     scribe.disks = sizes
     dice, paths = random.Random(3), []
