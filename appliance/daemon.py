@@ -2,6 +2,7 @@
 
     every round: records → tasks → schedule.due → one worker thread for each due domain → service.point
                  reverts that nobody drives any more (the host was started anew)      → service.resume
+                 domains that were brought up and whose disks nobody fills any more   → service.image.starting.resume
                  domains captured continuously whose tap process is gone              → service.tap.ensure
 
 Killed at any instant it loses nothing: the next start reads the same records. One daemon for each home, kept by a lock;
@@ -27,6 +28,8 @@ from typing import Any
 from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.errors import Locked, NoSuchPoint, NothingToResume, RewindError, StoreError
+from appliance.process import lives
+from appliance.restore import hydrate
 from appliance.schedule import Task, due, next_time
 from appliance.service import Session
 from appliance.service.locks import daemon_lock
@@ -101,6 +104,7 @@ class Daemon:
     def _start_due(self, pool: ThreadPoolExecutor) -> None:
         self._running = {uuid: one for uuid, one in self._running.items() if not one.done()}
         held = self._resume_abandoned(pool)
+        self._resume_images(pool)
         self._start_taps(pool)
         for task in due(self._tasks(), time.time()):
             if task.uuid not in self._running and task.uuid not in held:
@@ -120,6 +124,34 @@ class Daemon:
             if one.uuid not in self._running and time.time() >= when + pause:
                 self._running[one.uuid] = pool.submit(self._resume, one, failures)
         return held
+
+    def _resume_images(self, pool: ThreadPoolExecutor) -> None:
+        """Domains that were brought up and whose disks nobody fills any more."""
+        for name in hydrate.needed(self._home).values():
+            key = f"image {name}"
+            when, failures = self._resumed.get(key, (0.0, 0))
+            pause = min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else 0.0
+            if lives(hydrate.state(self._home, name).get("key", "")) or key in self._running:
+                continue
+            if time.time() >= when + pause:
+                self._running[key] = pool.submit(self._resume_image, name, key, failures)
+
+    def _resume_image(self, name: str, key: str, failures: int) -> None:
+        from appliance.service.image import starting
+
+        try:
+            with Session(self._home, self._session.connect, key=self._session.key) as session:
+                starting.resume(session, name)
+        except RewindError as error:
+            with self._telling:
+                self._resumed[key] = (time.time(), failures + 1)
+            self._say("failed", name, f"{error.message}" + (f" ({error.hint})" if error.hint else ""))
+        else:
+            with self._telling:
+                self._resumed.pop(key, None)
+            self._say("resumed", name, "its disks are being filled again")
+        finally:
+            self._wake.set()
 
     def _start_taps(self, pool: ThreadPoolExecutor) -> None:
         """Of domains that nobody works on now; the process itself waits for them to run."""

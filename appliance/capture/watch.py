@@ -20,7 +20,7 @@ from appliance.errors import PushFailed
 from appliance.hypervisor.base import Monitor
 from appliance.hypervisor.graph import base, epoch
 
-__all__ = ["Progress", "Watched", "flush", "silent", "wait"]
+__all__ = ["BROKEN", "Progress", "Watched", "flush", "silent", "wait"]
 
 # done bytes, total bytes, bytes a second, seconds left (None while unknown)
 Progress = Callable[[int, int, float, float | None], None]
@@ -33,6 +33,10 @@ _OVERSLEPT = 0.5
 # Stopped, or without any progress, for so long though nobody waits for it.
 _STOPPED = 1.0
 _STUCK = 120.0
+# Paused at every look: QEMU answers only when it waits for nothing itself.
+_STANDING = 2.0
+# The reason of a PushFailed when a job could not read or write: QEMU does not tell more.
+BROKEN = "I/O error"
 
 
 def silent(done: int, total: int, rate: float, left: float | None) -> None:
@@ -119,7 +123,7 @@ def wait(monitor: Watched, names: Sequence[str], timeout: float, progress: Progr
     Raises PushFailed when one broke off, has vanished, or took longer than `timeout` seconds: the caller has to cancel
     them all then. `killed` tells whether it was our hand.
     """
-    begun = moved = stopped = time.monotonic()
+    begun = moved = stopped = working = time.monotonic()
     last, pause = -1, 0.005
     while True:
         mine = {job["id"]: job for job in base.jobs(monitor) if job["id"] in names}
@@ -129,26 +133,32 @@ def wait(monitor: Watched, names: Sequence[str], timeout: float, progress: Progr
         if done != last:
             last, moved = done, now
         stopped = stopped if monitor.stopped else now
+        working = working if any(job["status"] == "paused" for job in mine.values()) else now
         _tell(progress, done, total, now - begun)
         if all(name in mine and mine[name]["status"] == "pending" for name in names):
             epoch.finish(monitor, names)
             return
         _too_long(monitor, now, begun + timeout, stopped, moved)
-        _raise_failure(monitor, names, mine)
+        _raise_failure(monitor, names, mine, now - working > _STANDING)
         time.sleep(pause)
         pause = min(pause * 1.5, 0.1)
 
 
-def _raise_failure(monitor: Watched, names: Sequence[str], jobs: Mapping[str, Mapping[str, Any]]) -> None:
-    """If there is one."""
-    standing = [name for name, job in jobs.items() if job["status"] == "paused"]
-    broken = base.broken_off(monitor, standing) if standing else {}
+def _raise_failure(
+    monitor: Watched, names: Sequence[str], jobs: Mapping[str, Mapping[str, Any]], standing: bool
+) -> None:
+    """If there is one. `standing`: some job has been paused at every look for longer than anything of QEMU's takes; a
+    guest that is resumed makes QEMU forget the error."""
+    paused = [name for name, job in jobs.items() if job["status"] == "paused"]
+    broken = base.broken_off(monitor, paused) if paused else {}
+    if standing:
+        broken = dict.fromkeys(paused, "failed") | broken
     gone = [name for name in names if name not in jobs or jobs[name]["status"] == "concluded"]
     if not (monitor.killed or broken or gone):
         return
     disks = ", ".join(monitor.targets.get(name, name) for name in broken or gone) or "any disk"
     # The hand that killed the intake knows more than QEMU, for which that is an I/O error.
-    reason = monitor.killed or ("its job has vanished" if not broken else "I/O error")
+    reason = monitor.killed or (BROKEN if broken else "somebody else has ended its job")
     if not monitor.killed and "nospace" in broken.values():
         reason = "no space left"
     raise PushFailed(domain=monitor.domain, disk=disks, reason=reason)

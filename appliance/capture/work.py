@@ -300,7 +300,7 @@ class Work:
         try:
             watch.wait(watched, self.contents.jobs(), self.settings.epoch_timeout, self.progress)
         except PushFailed as error:
-            if watched.killed:
+            if watched.killed or (error.fields["reason"] != watch.BROKEN and "no space" not in error.message):
                 raise
             if "no space left" in (error.message + self.intake.tail()).lower():
                 raise self._full() from error

@@ -158,7 +158,8 @@ class Pulls(Protocol):
         ...
 
     def backed(self, target: str) -> bool:
-        """Whether the disk's top image still has something below it. Of a disk that is not there: False."""
+        """Whether the disk's top image still has something below it, now or at the next start. Of a disk that is in
+        neither definition: False."""
         ...
 
     def undefine(self) -> None:

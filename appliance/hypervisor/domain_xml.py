@@ -37,14 +37,14 @@ class Definition:
             _disk(one) for one in self._root.iterfind("devices/disk") if one.get("device", "disk") in ("disk", "lun")
         ]
 
-    def backed(self, target: str) -> bool:
-        """Whether this disk's top image is known to have something below it. libvirt ends a chain by an empty
-        element."""
+    def backed(self, target: str) -> bool | None:
+        """Whether this disk's top image is known to have something below it; None when there is no such disk. libvirt
+        ends a chain by an empty element."""
         for disk in self._root.iterfind("devices/disk"):
             if (name := disk.find("target")) is not None and name.get("dev") == target:
                 below = disk.find("backingStore")
                 return below is not None and len(below) > 0
-        return False
+        return None
 
     def nvram(self) -> Path | None:
         """The UEFI variable store's file."""

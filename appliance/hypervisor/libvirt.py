@@ -299,7 +299,9 @@ class LibvirtDomain:
         return (int(told["cur"]), int(told["end"])) if told else None
 
     def backed(self, target: str) -> bool:
-        return self._definition().backed(target)
+        found = self._definition().backed(target)
+        # Detached from the guest that runs it may still be what the next start opens.
+        return bool(self._definition(live=False).backed(target) if found is None else found)
 
     def undefine(self) -> None:
         self.destroy()

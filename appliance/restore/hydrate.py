@@ -21,8 +21,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,19 +33,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings, write_json
-from appliance.errors import HypervisorError, RestoreError, RewindError
+from appliance.errors import ConfigError, HypervisorError, RestoreError, RewindError
 from appliance.hypervisor import connect
 from appliance.hypervisor.base import DomainState, Hypervisor, Pulls
 from appliance.model import MapRef
 from appliance.process import Child, alone, lives, process_key
-from appliance.restore.kept import KeptView
+from appliance.restore.kept import KeptView, kill, views_of
 
 if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
     from appliance.store import Repository, RepositorySpec
 
-__all__ = ["Hydration", "Order", "folder", "launch", "load", "names", "socket_path", "state", "tidy"]
+__all__ = ["Hydration", "Order", "folder", "launch", "load", "names", "needed", "socket_path", "state", "tidy"]
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,62}")
 _TICK = 0.5
 _START = 30.0
 _AGAIN = 5.0
@@ -86,6 +90,10 @@ class Order:
 
 
 def folder(home: Home, name: str) -> Path:
+    """What is kept for that domain. Raises ConfigError for a name that could lead anywhere else."""
+    if _NAME.fullmatch(name) is None:
+        reason = f"a new domain cannot be called {name!r}"
+        raise ConfigError(reason=reason, hint="letters, digits, and . _ + - behind the first one")
     return home.path / "images" / name
 
 
@@ -112,6 +120,16 @@ def state(home: Home, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder(home, name) / "state.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found
+
+
+def needed(home: Home) -> dict[str, str]:
+    """Points that domains still read their disks from → the domain."""
+    found = {}
+    for name in names(home):
+        order = load(home, name)
+        if order is not None and state(home, name).get("phase") != "done":
+            found[order.point] = name
     return found
 
 
@@ -142,21 +160,30 @@ def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> 
 
 def tidy(home: Home, name: str) -> None:
     """Forget a hydration that is over, or end one whose domain is gone."""
-    import shutil
-
-    from appliance.restore.kept import kill
-
-    found = state(home, name)
-    kill(found.get("key", ""))
-    kill(found.get("view", ""))
+    order = load(home, name)
+    kill(state(home, name).get("key", ""))
+    for view in views_of(socket_path(home, order.uuid)) if order is not None else ():
+        kill(view)
     shutil.rmtree(folder(home, name), ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """`left`: targets that still need the view; bytes of their jobs; why it does not go on, or empty."""
+
+    phase: str
+    left: tuple[str, ...]
+    done: int
+    total: int
+    error: str
 
 
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
 class Hydration:
-    """One domain's. `run` is its only thread besides the one that pings the view."""
+    """One domain's. `run` is its main thread and keeps the view alive; a second one talks to the hypervisor, which may
+    take its time; a third pings the view."""
 
     def __init__(self, home: Home, name: str, settings: Settings) -> None:
         order = load(home, name)
@@ -166,9 +193,9 @@ class Hydration:
         self._folder = folder(home, name)
         self._view = KeptView(name, self._make_view, socket_path(home, order.uuid), settings.view_timeout)
         self._hypervisor: Hypervisor | None = None
-        self._written: dict[str, Any] = {}
         self._next_pull: dict[str, float] = {}
-        self._error = ""
+        self._seen = _Seen("off", tuple(order.disks), 0, 0, "")  # written by the second thread, read by the main one
+        self._written: dict[str, Any] = {}
 
     def run(self) -> None:
         """Until every disk is alone. Returns at once if somebody else does it."""
@@ -177,44 +204,60 @@ class Hydration:
                 return
             before = state(self._home, self._order.domain)
             self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
-            with self._repository() as repo, repo.session(f"{self._order.domain} runs from {self._order.point}"):
-                while not self._step():
-                    time.sleep(_TICK)
+            self._note()
+            threading.Thread(target=self._work, name="pull", daemon=True).start()
+            while self._seen.phase != "done":
+                self._view.tend("point")
+                self._note()
+                time.sleep(_TICK)
             self._view.stop()
-            self._note("done", [], *self._totals())
+            self._note()
 
-    def _step(self) -> bool:
-        """Whether all is done."""
-        self._view.tend("point")
+    def _work(self) -> None:
+        """Pull, in a session that keeps gc away."""
+        while self._seen.phase != "done":
+            try:
+                with self._repository() as repo, repo.session(f"{self._order.domain} runs from {self._order.point}"):
+                    while (seen := self._step()).phase != "done":
+                        self._seen = seen
+                        time.sleep(_TICK)
+                self._seen = seen
+            except (RewindError, OSError) as error:  # the repository is away: the view may have what it needs
+                self._seen = replace(self._seen, error=str(error))
+                _log.warning("%s: %s", self._order.domain, error)
+                time.sleep(_AGAIN)
+
+    def _step(self) -> _Seen:
+        """How it stands, after a pull was begun where none was under way."""
         try:
             self._hypervisor = self._hypervisor or connect(self._order.uri)
             domain = self._hypervisor.domain(self._order.uuid)
             assert isinstance(domain, Pulls), "an order is made for a libvirt domain"
+            left = tuple(target for target in self._order.disks if domain.backed(target))
+            if not left:
+                size = sum(ref.size for ref in self._order.exports.values())
+                return _Seen("done", (), size, size, "")
             if domain.state() is DomainState.SHUTOFF:
-                self._note("off", list(self._order.disks), 0, 0)
-                return False
-            left = [target for target in self._order.disks if domain.backed(target)]
+                return _Seen("off", left, 0, 0, "")
             jobs = [self._pull(domain, target) for target in left]
         except HypervisorError as error:
-            self._error = str(error)
-            self._note("off", list(self._order.disks), 0, 0)
-            return False
-        self._note("pulling", left, sum(done for done, _ in jobs), sum(total for _, total in jobs))
-        return not left
+            return replace(self._seen, phase="off", error=str(error))
+        why = "; ".join(one[2] for one in jobs if one[2])
+        return _Seen("pulling", left, sum(one[0] for one in jobs), sum(one[1] for one in jobs), why)
 
-    def _pull(self, domain: Pulls, target: str) -> tuple[int, int]:
-        """(done, total) bytes of its job, which is started when there is none."""
+    def _pull(self, domain: Pulls, target: str) -> tuple[int, int, str]:
+        """(done, total) bytes of its job, which is started when there is none, and why it could not be."""
         if (job := domain.pulling(target)) is not None:
-            return job
-        if time.monotonic() >= self._next_pull.get(target, 0.0):
-            self._next_pull[target] = time.monotonic() + _AGAIN
-            try:
-                domain.pull(target, self._order.rate)
-                self._error = ""
-            except HypervisorError as error:
-                self._error = str(error)
-                _log.warning("%s: %s cannot be pulled now: %s", self._order.domain, target, error)
-        return 0, 0
+            return *job, ""
+        if time.monotonic() < self._next_pull.get(target, 0.0):
+            return 0, 0, self._seen.error
+        self._next_pull[target] = time.monotonic() + _AGAIN
+        try:
+            domain.pull(target, self._order.rate)
+        except HypervisorError as error:
+            _log.warning("%s: %s cannot be pulled now: %s", self._order.domain, target, error)
+            return 0, 0, str(error)
+        return 0, 0, ""
 
     def _repository(self) -> Repository:
         spec = self._spec()
@@ -230,10 +273,6 @@ class Hydration:
             os.lseek(spec.key_fd, 0, os.SEEK_SET)  # whoever read it before has read it to its end
         return spec
 
-    def _totals(self) -> tuple[int, int]:
-        size = sum(ref.size for ref in self._order.exports.values())
-        return size, size
-
     def _make_view(self, socket: Path) -> ViewServer:
         from appliance.restore.export import ViewServer
 
@@ -245,17 +284,22 @@ class Hydration:
             cache=self._settings.view_cache, log=self._home.log / "view.log", die_with_parent=False,
         )  # fmt: skip
 
-    def _note(self, phase: str, left: list[str], done: int, total: int) -> None:
+    def _note(self) -> None:
+        seen = self._seen
         now = {
             "key": process_key(os.getpid()), "view": self._view.key, "slot": self._view.slot,
-            "served": self._view.served, "phase": phase, "left": left, "done": done, "total": total,
-            "error": self._view.error or self._error,
+            "served": self._view.served, "phase": seen.phase, "left": seen.left, "done": seen.done,
+            "total": seen.total, "error": self._view.error or seen.error,
         }  # fmt: skip
-        if now != self._written:
+        if now == self._written:
+            return
+        try:
             temporary = self._folder / ".state.json"
             temporary.write_text(json.dumps(now))
             temporary.replace(self._folder / "state.json")
             self._written = now
+        except OSError as error:  # a full disk must not take the view with it
+            _log.warning("cannot write down how %s stands: %s", self._order.domain, error)
 
 
 def main(argv: list[str]) -> int:

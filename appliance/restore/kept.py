@@ -18,7 +18,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from appliance.process import lives, process_key
 if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
 
-__all__ = ["KeptView", "kill", "served_bytes"]
+__all__ = ["KeptView", "kill", "served_bytes", "socket_of", "views_of"]
 
 _AGAIN = 1.0
 
@@ -57,10 +57,10 @@ class KeptView:
     def inherit(self, slot: int, served: int) -> None:
         """Begin with what the owner before had noted, and with the views that it left."""
         self.slot, self.served = slot, served
-        self._inherited = _listening([self._socket(0), self._socket(1)])
+        self._inherited = views_of(self._place)
 
     def _socket(self, slot: int) -> Path:
-        return self._place.parent / f"view-{slot}.sock"
+        return socket_of(self._place, slot)
 
     @property
     def key(self) -> str:
@@ -153,9 +153,14 @@ def kill(key: str) -> None:
             os.close(pidfd)
 
 
-def _listening(sockets: Collection[Path]) -> list[str]:
-    """Keys of the nbdkit processes that were started with one of these sockets."""
-    wanted = {b"--unix=" + os.fsencode(path) for path in sockets}
+def socket_of(place: Path, slot: int) -> Path:
+    """Where the view of that slot begins, before it takes its place. Named for the place: others share the folder."""
+    return place.with_name(f"{place.stem}-{slot}.sock")
+
+
+def views_of(place: Path) -> list[str]:
+    """Keys of the nbdkit processes that were started to be found at `place`."""
+    wanted = {b"--unix=" + os.fsencode(socket_of(place, slot)) for slot in (0, 1)}
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

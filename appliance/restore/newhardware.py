@@ -36,11 +36,14 @@ class NewDisk:
 def wanted_disks(xml: str, count: int, name: str) -> list[str]:
     """Target names for that many disks: those of the definition's own, then more on the last one's bus. Raises
     NotSupported when it has none or is no definition."""
-    found = [_target(one) for one in _hard_disks(_parse(xml, name))]
+    root = _parse(xml, name)
+    found = [_target(one) for one in _hard_disks(root)]
     if not found:
         raise NotSupported(object=f"target for {name!r}", reason="its definition has no hard disk to take the place of")
-    stem = found[-1].rstrip(_LETTERS[-1:]) if found[-1][-1:] == "z" else found[-1][:-1]
-    free = [f"{stem}{letter}" for letter in _LETTERS if f"{stem}{letter}" not in found]
+    used = {_target(one) for one in root.iterfind("devices/disk")}
+    free = [f"{found[-1][:-1]}{letter}" for letter in _LETTERS if f"{found[-1][:-1]}{letter}" not in used]
+    if len(found) + len(free) < count:
+        raise NotSupported(object=f"target for {name!r}", reason=f"it has no place for {count} disks")
     return (found + free)[:count]
 
 
@@ -58,7 +61,7 @@ def for_hardware(
     of an overlay's view waits for `reconnect` seconds when nobody answers, then fails. `of_a_domain`: another domain
     has this definition, so what two cannot share is left to libvirt.
 
-    Raises NotSupported when `xml` is no definition of a domain.
+    Raises NotSupported when `xml` is no definition of a domain, or has no place for the medium.
     """
     root = _parse(xml, name)
     root.attrib.pop("id", None)
@@ -149,9 +152,11 @@ def _boot_from(root: ET.Element, medium: Path) -> None:
     q35 = system is not None and "q35" in _get(system, "type", "machine")
     bus = "sata" if q35 else "ide"
     used = {_target(one) for one in root.findall("devices/disk")}
-    name = next(f"{_BUSES[bus]}{letter}" for letter in reversed(_LETTERS) if f"{_BUSES[bus]}{letter}" not in used)
-    if bus == "ide":  # four places, all with a letter of their own
-        name = next(f"hd{letter}" for letter in "cdba" if f"hd{letter}" not in used)
+    # IDE has four places, each with a letter of its own.
+    letters = "cdba" if bus == "ide" else reversed(_LETTERS)
+    name = next((f"{_BUSES[bus]}{letter}" for letter in letters if f"{_BUSES[bus]}{letter}" not in used), "")
+    if not name:
+        raise NotSupported(object="the target", reason=f"its {bus} bus has no place left for the boot medium")
     element = ET.SubElement(devices, "disk", type="file", device="cdrom")
     ET.SubElement(element, "driver", name="qemu", type="raw")
     ET.SubElement(element, "source", file=str(medium))

@@ -14,17 +14,17 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appliance.errors import AlreadyExists, ConfigError, DomainNotFound, NotSupported
+from appliance.errors import AlreadyExists, ConfigError, DomainNotFound, Locked, NotSupported
 from appliance.hypervisor.base import Pulls
 from appliance.hypervisor.qemu_user import qemu_user
 from appliance.model import DiskPoint, Point
-from appliance.process import lives, run
+from appliance.process import alone, lives, run
 from appliance.restore import hydrate
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
 from appliance.service.elsewhere import choose
@@ -79,6 +79,25 @@ def start(
     Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing
     and what `making.build` raises: nothing is left then.
     """
+    with _alone(session, name), session.repository.session(f"start of {name}"):
+        return _start(session, domain, when, target, name, folder, template, keys, rate, new_macs)
+
+
+@contextmanager
+def _alone(session: Session, name: str) -> Iterator[None]:
+    """One start of that name at a time. Raises Locked."""
+    where = hydrate.folder(session.home, name).parent
+    where.mkdir(parents=True, exist_ok=True)
+    with alone(where / f".{name}.lock") as first:
+        if not first:
+            raise Locked(url=f"the name {name!r}", holder="another `rewind image start`", hint="wait for its end")
+        yield
+
+
+def _start(
+    session: Session, domain: str, when: str, target: str, name: str, folder: Path, template: str,
+    keys: Sequence[bytes], rate: int, new_macs: bool,
+) -> Started:  # fmt: skip
     began = time.monotonic()
     found = targets.find(session, target)
     point = resolve(session, domain, when)
@@ -113,7 +132,7 @@ def _define(
 ) -> Domain:  # fmt: skip
     """The domain, shut off, over a view that answers."""
     uid, gid = qemu_user(session.uri)
-    identity = _identity(session, point, name)
+    identity = str(uuid.uuid4())
     socket = hydrate.socket_path(session.home, identity)
     new_disks = {}
     for place, one in zip(places, disks, strict=True):
@@ -127,6 +146,9 @@ def _define(
     hydrate.launch(session.home, order, session.settings_file)
     for place, one in zip(places, disks, strict=True):
         _overlay(new_disks[place], one, (uid, gid))
+    folder.chmod(0o711)  # QEMU's user passes through
+    medium.chmod(0o600)
+    os.chown(medium, uid, gid)
     shared = target.inventory.source == "libvirt"
     xml = for_hardware(target.definition, name, new_disks, medium, addresses, of_a_domain=shared)
     new = session.hypervisor().define(_with_uuid(xml, identity))
@@ -156,7 +178,8 @@ def resume(session: Session, name: str) -> None:
     for a name that nobody brought up, RestoreError as `hydrate.launch`."""
     order = hydrate.load(session.home, name)
     if order is not None and _running(session, name).phase == "stopped":
-        hydrate.launch(session.home, order, session.settings_file)
+        # The key may come to us through another descriptor than to whoever began.
+        hydrate.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
 
 def forget(session: Session, name: str) -> None:
@@ -209,10 +232,6 @@ def _with_macs(inventory: Inventory, addresses: Sequence[str]) -> Inventory:
     return inventory.model_copy(update={"nics": tuple(cards) + inventory.nics[len(cards) :]})
 
 
-def _identity(session: Session, point: Point, name: str) -> str:
-    return str(uuid.uuid5(uuid.UUID(point.domain_uuid), f"{session.home.path} {point.id} {name}"))
-
-
 def _with_uuid(xml: str, identity: str) -> str:
     return xml.replace("<name>", f"<uuid>{identity}</uuid><name>", 1)
 
@@ -225,6 +244,7 @@ def _overlay(disk: NewDisk, stored: DiskPoint, owner: tuple[int, int]) -> None:
         ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1,lazy_refcounts=on", "-u", "-b",
          "json:" + json.dumps(backing), "-F", "raw", disk.path, str(stored.size)]
     )  # fmt: skip
+    disk.path.chmod(0o600)
     os.chown(disk.path, *owner)
 
 

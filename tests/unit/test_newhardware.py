@@ -1,0 +1,93 @@
+"""The definition of a domain with a target's hardware, as text."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import ConfigError, NotSupported
+from appliance.restore import hydrate
+from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
+
+XML = """<domain type="kvm" id="7"><name>spare</name><uuid>0ad6c641-c9ed-4eb8-8756-6f488ee35fd8</uuid>
+<os><type machine="{machine}">hvm</type><nvram>/var/spare.fd</nvram><boot dev="hd"/></os><devices>
+<disk type="file" device="disk"><source file="/old.qcow2"/><target dev="sda" bus="sata"/><boot order="1"/>
+<address type="drive" unit="3"/></disk>
+<disk type="file" device="cdrom"><target dev="sdb" bus="sata"/></disk>
+<interface type="network"><mac address="52:54:00:AA:00:01"/><target dev="vnet3"/></interface><interface type="user"/>
+<serial type="unix"><source mode="bind" path="/run/spare.sock"/><log file="/var/log/spare.log"/></serial>
+</devices></domain>"""
+Q35 = XML.format(machine="pc-q35-7.2")
+MEDIUM = Path("/images/rewind.iso")
+
+
+def made(xml=Q35, disks=None, **options):
+    disks = disks or {"sda": NewDisk(Path("/new/a.qcow2"), "vda", Path("/run/view.sock"))}
+    addresses = ["52:54:00:00:00:01", "52:54:00:00:00:02"]
+    return ET.fromstring(for_hardware(xml, "twin", disks, MEDIUM, addresses, **options))
+
+
+def test_the_disks_are_the_points_own_over_the_view():
+    """P6-14: in the place of the target's disk; its own file is not touched."""
+    root = made()
+    (disk,) = root.findall("devices/disk[@device='disk']")
+    assert disk.find("source").get("file") == "/new/a.qcow2"
+    assert disk.find("target").attrib == {"dev": "sda", "bus": "sata"}
+    assert disk.find("address").get("unit") == "3"
+    backing = disk.find("backingStore/source")
+    assert (backing.get("protocol"), backing.get("name")) == ("nbd", "vda")
+    assert backing.find("host").get("socket") == "/run/view.sock"
+    assert backing.find("reconnect").get("delay") == "300"
+    assert "/old.qcow2" not in ET.tostring(root, encoding="unicode")
+
+
+def test_it_starts_from_the_medium_and_then_from_its_disk():
+    root = made()
+    disks = root.findall("devices/disk[boot]")
+    orders = {one.find("source").get("file"): one.find("boot").get("order") for one in disks}
+    assert orders == {str(MEDIUM): "1", "/new/a.qcow2": "2"}
+    assert root.find("os/boot") is None
+
+
+def test_what_two_domains_cannot_share_is_left_to_libvirt():
+    """P6-24: identity, variables, sockets, logs; network addresses as they were asked for."""
+    root = made()
+    assert root.find("name").text == "twin"
+    text = ET.tostring(root, encoding="unicode")
+    for word in ("0ad6c641", "/var/spare.fd", "/run/spare.sock", "/var/log/spare.log", "vnet3"):
+        assert word not in text
+    cards = [card.find("mac").get("address") for card in root.findall("devices/interface")]
+    assert cards == ["52:54:00:00:00:01", "52:54:00:00:00:02"]
+    assert macs(Q35, "twin") == ["52:54:00:aa:00:01", ""]
+    assert "/run/spare.sock" in ET.tostring(made(of_a_domain=False), encoding="unicode")
+
+
+def test_more_disks_than_the_target_has_get_places_that_are_free():
+    assert wanted_disks(Q35, 3, "twin") == ["sda", "sdc", "sdd"]
+    with pytest.raises(NotSupported, match="no place for 40 disks"):
+        wanted_disks(Q35, 40, "twin")
+
+
+def test_a_bus_without_a_place_for_the_medium_is_told():
+    xml = XML.format(machine="pc").replace("sdb", "hda")
+    more = "".join(f'<disk device="cdrom"><target dev="hd{one}" bus="ide"/></disk>' for one in "bcd")
+    with pytest.raises(NotSupported, match="ide bus has no place"):
+        made(xml.replace("</devices>", f"{more}</devices>"))
+
+
+@pytest.mark.parametrize("xml", ["", "<network/>", "<domain/>", "no xml"])
+def test_what_is_no_domain_is_refused(xml):
+    with pytest.raises(NotSupported, match="no libvirt definition"):
+        wanted_disks(xml, 1, "twin")
+
+
+@pytest.mark.parametrize("name", ["..", "../domains", "", ".hidden", "a/b", "a b", "x" * 64])
+def test_a_name_leads_nowhere_else(tmp_path, name):
+    """The folder of a name is removed when a start fails."""
+    from appliance.config import Home
+
+    with pytest.raises(ConfigError, match="cannot be called"):
+        hydrate.tidy(Home(tmp_path), name)
+    assert tmp_path.exists()
