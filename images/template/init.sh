@@ -124,10 +124,18 @@ bring_up_layers() {
         if [ -n "$1" ]; then x mdadm --assemble --scan --run; else x mdadm --assemble --scan --no-degraded; fi
     fi
     if has luks; then open_luks; fi
-    if has lvm; then
-        x lvm lvchange --activate y --sysinit --config "$LVM" ${RW_VOLUME:+"$RW_VOLUME"}
-    fi
+    if has lvm; then activate_volumes; fi
 } >/tmp/layers 2>&1
+
+# The root's alone where that is enough. All where /usr is another one, or what is known of the root is no volume but a
+# container on one.
+activate_volumes() {
+    if [ -n "$RW_VOLUME" ] && [ -z "$RW_USR" ]; then
+        x lvm lvchange --activate y --sysinit --config "$LVM" "$RW_VOLUME"
+    else
+        x lvm vgchange --activate y --sysinit --config "$LVM"
+    fi
+}
 
 # Nobody but us makes the nodes here, and a list of devices of the old machine names none of this one.
 LVM='activation{udev_sync=0 udev_rules=0 monitoring=0} devices{use_devicesfile=0}'

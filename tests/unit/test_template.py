@@ -32,6 +32,9 @@ from images.template.settings import Settings, conf, settings_for
 from tests.support import imagekit
 
 
+_INIT = Path(__file__).parents[2] / "images/template/init.sh"
+
+
 @pytest.fixture(scope="module")
 def template():
     return imagekit.template()
@@ -287,8 +290,27 @@ def test_who_knows_zstd():
     assert knows_zstd("5.4.0", b"# x\nCONFIG_RD_ZSTD=y\n") and not knows_zstd("6.1", b"# CONFIG_RD_ZSTD is not set\n")
 
 
+@pytest.mark.parametrize(
+    ("volume", "usr", "expected"),
+    [
+        ("vg/root", "", "lvchange --activate y --sysinit --config some vg/root"),
+        ("vg/root", "/dev/vg/usr ext4 ", "vgchange --activate y --sysinit --config some"),
+        ("", "", "vgchange --activate y --sysinit --config some"),
+    ],
+    ids=["the root alone", "a /usr of its own", "a container on a volume"],
+)
+def test_volumes_that_init_activates(volume, usr, expected):
+    """P6-07: the root's own, or all where another one is needed or its name is not known."""
+    text = _INIT.read_text()
+    function = text[text.index("\nactivate_volumes() {") :].partition("\n}\n")[0] + "\n}\n"
+    script = f'x() {{ echo "$@"; }}\nLVM=some RW_VOLUME={volume!r} RW_USR={usr!r}\n{function}activate_volumes'
+    done = subprocess.run(["sh", "-euc", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"lvm {expected}\n"
+    assert "\n    if has lvm; then activate_volumes; fi\n" in text
+
+
 def test_init_is_a_script_without_faults():
-    path = Path(__file__).parents[2] / "images/template/init.sh"
+    path = _INIT
     assert subprocess.run(["shellcheck", path], capture_output=True).returncode == 0
     assert len(path.read_text().splitlines()) < 260
 
