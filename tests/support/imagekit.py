@@ -48,6 +48,8 @@ _MODULES = {
 }
 # For roots that are more than a partition.
 _LAYERS = ("raid1", "dm_mod", "dm_crypt", "ecb", "xts", "aes_generic", "sha256_generic")
+# For roots that come over the network.
+_STREAM = ("nbd", "dm_multipath", "dm_round_robin", "dm_mirror")
 # What is above: the disk's own driver, the file system, and the checksums it asks for by name.
 _ABOVE = ("sd_mod", "sr_mod", "crc32c_generic", "ext4")
 
@@ -194,7 +196,7 @@ def _client(folder: Path) -> None:
     whole = TinyClient(folder / "whole", folder, release)
     (folder / "whole/usr/lib").mkdir(parents=True)
     os.rename(modules, folder / "whole/usr/lib/modules")
-    for path in whole.load(*_MODULES, *_ABOVE, *_LAYERS):
+    for path in whole.load(*_MODULES, *_ABOVE, *_LAYERS, *_STREAM):
         target = root / "usr/lib/modules" / release / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "whole/usr/lib/modules" / release / path, target)
