@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from appliance.config import Home
-from appliance.errors import AlreadyExists, NotSupported, ObjectNotFound
+from appliance.errors import NotSupported, ObjectNotFound, TargetExists
 from appliance.service.image import evidence
 from appliance.store import Repository
 from appliance.store.backend.memory import MemoryBackend
@@ -277,7 +277,7 @@ def test_evidence_lies_beside_the_point(session, tmp_path):
     files = evidence.fetch(session, mark, tmp_path / "out")
     assert [path.name for path in files] == ["console.log", "evidence.json", "screen.png"]
     assert (tmp_path / "out/console.log").read_bytes() == b"Linux"
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(TargetExists):
         evidence.fetch(session, mark, tmp_path / "out")
     evidence.drop_orphans(session, {"0a1b"})
     assert list(evidence.known(session)) == ["0a1b"]

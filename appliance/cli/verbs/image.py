@@ -12,6 +12,7 @@ import click
 from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, rate_option
+from appliance.cli.settling import after_options, chosen
 from appliance.cli.text import clock, counted
 from appliance.cli.verbs.verification import evidence_command, verify_command
 from appliance.errors import (
@@ -336,7 +337,10 @@ def _emit_plan(context: Context, planned: Planned, all_of: bool) -> None:
               help="What to make, with commas between: uki, esp, iso, usb, pxe, disk.")  # fmt: skip
 @click.option("--into", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR",
               help="A new folder for the image.")  # fmt: skip
-def _build(context: Context, domain: str, when: str, target: str, template: str, media: str, folder: Path) -> None:
+@after_options
+def _build(
+    context: Context, domain: str, when: str, target: str, template: str, media: str, folder: Path, after: Any
+) -> None:
     """Make a bootable image of DOMAIN as of WHEN for a target.
 
     It has the guest's own kernel and exactly the drivers that this hardware needs. It starts the guest from its disks,
@@ -346,7 +350,7 @@ def _build(context: Context, domain: str, when: str, target: str, template: str,
 
     wanted = [one.strip() for one in media.split(",") if one.strip()]
     with context.session() as session:
-        made = making.build(session, domain, when, target, wanted, folder, template)
+        made = making.build(session, domain, when, target, wanted, folder, template, after=chosen(after))
     built = made.built
     files = tuple(
         records.ImageFile(name, path, built.sizes[name], built.digests[name]) for name, path in built.files.items()
@@ -376,9 +380,10 @@ def _build(context: Context, domain: str, when: str, target: str, template: str,
 @click.option("--new-macs", is_flag=True, help="Give its network cards new addresses instead of the target's own.")
 @click.option("--background", is_flag=True, help="Return as soon as it runs; its disks are filled all the same.")
 @rate_option("Fill its disks with at most this much a second (50M).")
+@after_options
 def _start(
     context: Context, domain: str, when: str, target: str, template: str, name: str, folder: Path, new_macs: bool,
-    background: bool, rate: int | None,
+    background: bool, rate: int | None, after: Any,
 ) -> None:  # fmt: skip
     """Start DOMAIN as of WHEN as a new domain on a target's hardware, at once.
 
@@ -389,8 +394,9 @@ def _start(
 
     with context.session() as session:
         made = starting.start(
-            session, domain, when, target, name, folder, template=template, rate=rate or 0, new_macs=new_macs
-        )
+            session, domain, when, target, name, folder, template=template, rate=rate or 0, new_macs=new_macs,
+            after=chosen(after),
+        )  # fmt: skip
         record = records.ImageStarted(
             made.name, made.uuid, made.point, made.target, made.disks, made.image, made.seconds, made.warnings
         )

@@ -12,7 +12,6 @@ from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, duration_option
 from appliance.cli.text import clock, counted
 from appliance.errors import (
-    AlreadyExists,
     AmbiguousPoint,
     DriversMissing,
     GuestUnreadable,
@@ -28,6 +27,7 @@ from appliance.errors import (
     NotSigned,
     NotSupported,
     ObjectNotFound,
+    TargetExists,
     ToolFailed,
     WrongKey,
 )
@@ -111,7 +111,7 @@ def _lines(found: Verified) -> list[str]:
     return [*lines, f"{found.domain} boots from {found.point}"]
 
 
-@verb("evidence", *_POINT, ObjectNotFound, AlreadyExists)
+@verb("evidence", *_POINT, ObjectNotFound, TargetExists)
 @domain_argument()
 @click.option("--at", "when", metavar="WHEN", shell_complete=complete_when, help="Only of this point.")
 @click.option("--into", "folder", type=click.Path(path_type=Path), metavar="DIR",

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import AlreadyExists, IntegrityError, ObjectNotFound
+from appliance.errors import IntegrityError, ObjectNotFound, TargetExists
 from appliance.service.image.shelf import Shelf
 from appliance.service.session import Session
 from appliance.store.blobs import BlobRef
@@ -82,10 +82,10 @@ def load(session: Session, mark: Mark) -> dict[str, Any]:
 
 
 def fetch(session: Session, mark: Mark, folder: Path) -> list[Path]:
-    """Write its files into `folder`, which is made, and must not exist. Raises AlreadyExists, ObjectNotFound,
+    """Write its files into `folder`, which is made, and must not exist. Raises TargetExists, ObjectNotFound,
     IntegrityError; nothing is left then."""
     if folder.exists():
-        raise AlreadyExists(url=str(folder.parent), name=f"folder {folder.name}", hint="name a new one with --into")
+        raise TargetExists(path=folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         packed, new = Path(scratch) / "files", Path(scratch) / "new"

@@ -29,6 +29,7 @@ from images.drivers.store import DriverStore
 from images.drivers.tables import tables_from_folder, tables_from_tree
 from images.guest import Guest, open_guest
 from images.model import Client, Inventory, Plan
+from images.settle.choice import After, with_steps
 from images.template.build import Template
 
 __all__ = ["Made", "Planned", "Ready", "build", "opened", "plan", "prepared"]
@@ -92,16 +93,19 @@ def plan(
 def build(
     session: Session, domain: str, when: str, target: str, media: Sequence[str], folder: Path, template: str = "",
     keys: Sequence[bytes] = (), options: Options | None = None, inventory: Inventory | None = None,
+    after: After | None = None,
 ) -> Made:  # fmt: skip
-    """Build these media into `folder`, which must not exist. `inventory` instead of what the target's name stands for.
-    Raises as `plan` and `images.build.build_image`; nothing
-    is left then."""
+    """Build these media into `folder`, which must not exist. `inventory` instead of what the target's name stands for;
+    `after` is what the client does to itself once it runs. Raises as `plan` and `images.build.build_image`; nothing is
+    left then."""
     with prepared(session, domain, when, target, template, keys, options, inventory) as ready:
+        planned = ready.planned
+        plan, settings = with_steps(planned.plan, after or After(), f"{planned.point} {planned.plan.inventory.name}")
         built = build_image(
-            ready.planned.plan, ready.guest.tree, ready.template, media=media, folder=folder,
-            driver_store=drivers.reader(ready.store, ready.planned.plan.client.release),
+            plan, ready.guest.tree, ready.template, media=media, folder=folder, settings=settings,
+            driver_store=drivers.reader(ready.store, plan.client.release),
         )  # fmt: skip
-        return Made(ready.planned, built)
+        return Made(replace(planned, plan=plan), built)
 
 
 @contextmanager

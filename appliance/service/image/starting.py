@@ -32,6 +32,7 @@ from appliance.service.history import resolve
 from appliance.service.image import making, targets
 from appliance.service.session import Progress, Session, silent
 from images.model import Inventory
+from images.settle.choice import After
 
 if TYPE_CHECKING:
     from appliance.hypervisor.base import Domain
@@ -72,15 +73,16 @@ class Running:
 
 def start(
     session: Session, domain: str, when: str, target: str, name: str, folder: Path, *, template: str = "",
-    keys: Sequence[bytes] = (), rate: int = 0, new_macs: bool = False,
+    keys: Sequence[bytes] = (), rate: int = 0, new_macs: bool = False, after: After | None = None,
 ) -> Started:  # fmt: skip
     """Bring DOMAIN's point up as the new domain `name` with the target's hardware; its files are in `folder`.
+    `after` as for `making.build`; a new host name is that of the domain if none is chosen.
 
     Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing
     and what `making.build` raises: nothing is left then.
     """
     with _alone(session, name), session.repository.session(f"start of {name}"):
-        return _start(session, domain, when, target, name, folder, template, keys, rate, new_macs)
+        return _start(session, domain, when, target, name, folder, template, keys, rate, new_macs, after or After())
 
 
 @contextmanager
@@ -96,7 +98,7 @@ def _alone(session: Session, name: str) -> Iterator[None]:
 
 def _start(
     session: Session, domain: str, when: str, target: str, name: str, folder: Path, template: str,
-    keys: Sequence[bytes], rate: int, new_macs: bool,
+    keys: Sequence[bytes], rate: int, new_macs: bool, after: After,
 ) -> Started:  # fmt: skip
     began = time.monotonic()
     found = targets.find(session, target)
@@ -113,7 +115,8 @@ def _start(
     folder = Path(os.path.abspath(folder))
     with ExitStack() as undo:
         made = making.build(
-            session, domain, point.id, target, [_MEDIUM], folder, template, keys, inventory=inventory
+            session, domain, point.id, target, [_MEDIUM], folder, template, keys, inventory=inventory,
+            after=after.named(name),
         )  # fmt: skip
         undo.callback(_remove, folder)
         medium = made.built.files[_MEDIUM]

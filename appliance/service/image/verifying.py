@@ -92,6 +92,15 @@ def verify(
     what `making.build` raises, ImageError and NoSpace when the host has not the room: nothing is kept then.
     """
     point = resolve(session, domain, when)
+    # gc waits as long as the point is read.
+    with session.repository.session(f"test of {point.domain}"):
+        return _verify(session, point, target, timeout, memory, template, keys, progress)
+
+
+def _verify(
+    session: Session, point: Point, target: str, timeout: float, memory: int, template: str, keys: Sequence[bytes],
+    progress: Progress,
+) -> Verified:  # fmt: skip
     disks = choose(point, ())
     folder = Path(tempfile.mkdtemp(prefix="verify-", dir=session.home.path / "run"))
     try:

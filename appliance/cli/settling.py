@@ -1,0 +1,43 @@
+"""The options that tell what is to become of a guest once it runs on other hardware, of `build` and of `start`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from images.settle.choice import After
+
+__all__ = ["after_options", "chosen"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_OPTIONS = (
+    click.option("--settle", is_flag=True,
+                 help="Once it runs, its own tools make its disk start by itself on this hardware."),
+    click.option("--identity", type=click.Choice(["keep", "new"]), default="keep", show_default=True,
+                 help="New: host name, machine id, SSH host keys and addresses (by DHCP) of its own."),
+    click.option("--host-name", default="", metavar="NAME", help="Its host name instead of the old one."),
+)  # fmt: skip
+
+
+def after_options(function: _F) -> Callable[..., Any]:
+    """The function gets `after`, for `chosen`."""
+
+    @functools.wraps(function)
+    def call(*args: Any, settle: bool, identity: str, host_name: str, **rest: Any) -> Any:
+        return function(*args, after=(settle, identity, host_name), **rest)
+
+    wrapped: Callable[..., Any] = call
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def chosen(after: tuple[bool, Any, str]) -> After:
+    """Imported when it is used: a help text needs none of it."""
+    from images.settle.choice import After
+
+    return After(*after)

@@ -1,0 +1,11 @@
+"""What a client does to itself after its first start on new hardware: stay bootable there, be somebody else if wanted.
+
+    step     what a step is; finds them all
+    steps/   one module and one shell script each: a schema, a description, what it is told
+    lay      the chosen steps as files for /run, and the units of systemd that run them
+    choice   what `--settle`, `--identity` and their like choose
+
+Nothing is written before the hand-over, and nothing by us: the client's own programs work on its own disk. The runner
+(`run.sh`) and what all steps may use (`lib.sh`) come along. Steps are done once for an image, in two phases: `identity`
+before services start, `settle` when the system is up.
+"""

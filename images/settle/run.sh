@@ -1,0 +1,46 @@
+#!/bin/sh
+# shellcheck disable=SC1091,SC2034 # files of the image; variables are for them
+# Runs the steps of one phase, each in a shell of its own: `run identity` or `run settle`. Once for an image.
+#
+# A step ends with 0 (done), 3 (nothing to do), 4 (left as it was, with the reason) or anything else (failed, and what it
+# had changed is as before). What it says goes to the console, to the journal and to the report.
+set -u
+export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+phase=$1
+here=/run/rewind/settle
+. "$here/settings"
+RW_HERE=$here RW_STATE=/var/lib/rewind RW_REPORT=$here/report RW_STEP=$phase
+. "$here/lib"
+done_mark=$RW_STATE/$phase-$RW_IMAGE
+
+if [ -e "$done_mark" ]; then
+    say "done before, for this image"
+    exit 0
+fi
+if ! mkdir -p "$RW_STATE" || ! : >"$RW_STATE/.writable"; then
+    say "failed: $RW_STATE cannot be written"
+    exit 1
+fi
+rm -f "$RW_STATE/.writable"
+failed=0
+for script in "$here/steps/$phase"/*; do
+    RW_STEP=${script##*/[0-9][0-9]-}
+    code=0
+    # shellcheck disable=SC1090 # a step
+    (. "$script") || code=$?
+    case $code in
+        0) say "done" ;;
+        3) say "nothing to do" ;;
+        4) say "left as it was" ;;
+        *) say "failed ($code)" && failed=1 ;;
+    esac
+done
+sync
+RW_STEP=$phase
+if [ "$failed" != 0 ]; then
+    say "not all could be done; it is tried again at the next start from this boot volume"
+    exit 1
+fi
+cp "$RW_REPORT" "$done_mark"
+sync
+say "done"

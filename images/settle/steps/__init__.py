@@ -1,0 +1,1 @@
+"""The steps, one module and one script of the same name each."""

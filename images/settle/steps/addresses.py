@@ -1,0 +1,12 @@
+"""Addresses that are not those of the machine in the point: they are asked for by DHCP."""
+
+from __future__ import annotations
+
+from images.settle.step import Step
+
+__all__ = ["STEP"]
+
+STEP = Step(
+    name="addresses", phase="identity", order=40,
+    description="network cards with fixed addresses ask for them by DHCP (ifupdown, systemd-networkd, NetworkManager)",
+)  # fmt: skip
