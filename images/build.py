@@ -8,9 +8,9 @@
 
 What can be refused is refused before anything is written. The folder appears whole or not at all.
 
-An image may hold what the client's initrd holds, which can be the key of its disks. Only the user who built it reads it:
-files are 0600, and folders 0711, so that whoever starts a machine from a file can hand that one over to the machine's
-user (by its owner or an ACL) and it is reached.
+An image may hold what the client's initrd holds, which can be the key of its disks. Only the user who built it can read
+it: files are 0600, and folders 0711, so that whoever starts a machine from a file can hand that one over to the
+machine's user (by its owner or an ACL) and it is reached.
 """
 
 from __future__ import annotations

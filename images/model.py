@@ -97,7 +97,9 @@ class Layer(Enum):
 class Root:
     """The root file system. `spec` is what the client's command line calls it (`UUID=…`, `/dev/mapper/vg-root`);
     `disks` the targets that it lies on. `offset` and `length` in bytes are its place on `disks[0]` when its only layer
-    is PARTITION, else 0. `flags` are mount options that it needs (`subvol=@`). `volume` is `vg/lv` for LVM."""
+    is PARTITION, else 0. `flags` are mount options that it needs (`subvol=@`). `volume` is `vg/lv` for LVM.
+    `containers` are those of LUKS below the root and /usr, each with the name that crypttab has for it and its UUID;
+    empty where crypttab does not name all of them."""
 
     spec: str
     fs: str
@@ -108,6 +110,7 @@ class Root:
     length: int = 0
     flags: str = ""
     volume: str = ""
+    containers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,8 @@ class Client:
     """The system in a point, as its boot loader would start it. Paths are of the client's own tree, absolute and with
     symbolic links resolved. `command_line` is without `BOOT_IMAGE=` and `initrd=`. `nics` maps the interface names
     that its network configuration speaks of to MAC addresses ("" when it does not say). `firmware` is what its disk is
-    set up for. `origin` are the modaliases of the hardware it came from, where the point's definition tells them."""
+    set up for. `usr_layers` is what a /usr of its own lies on, as Root's `layers`. `origin` are the modaliases of the
+    hardware it came from, where the point's definition tells them."""
 
     host: str
     os_id: str
@@ -141,6 +145,7 @@ class Client:
     fstab: tuple[Mount, ...] = ()
     nics: Mapping[str, str] = field(default_factory=dict)
     crypttab: tuple[str, ...] = ()
+    usr_layers: tuple[Layer, ...] = ()
     origin: tuple[str, ...] = ()
     signed_kernel: bool = False
     shim: str = ""

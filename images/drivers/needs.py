@@ -103,6 +103,13 @@ def mode_of(client: Client) -> tuple[Literal["template", "append"], str]:
     sealed = sealed_keys(client)
     if Layer.LUKS in root.layers and sealed:
         return "append", f"the key of the encrypted root comes by {sealed[0]}, which the client's own initrd knows"
+    if Layer.LUKS in root.layers and not root.containers:
+        return "append", (
+            "no line of crypttab names the encrypted container below the root, which the client's own initrd opens"
+        )
+    above = [layer.value for layer in client.usr_layers if layer not in (Layer.PARTITION, *root.layers)]
+    if above:
+        return "append", f"/usr is on {' and '.join(above)} and the root is not, which the client's own initrd knows"
     if root.fs in _FOREIGN_FS:
         return "append", f"the root is {root.fs}, which the client's own initrd knows"
     found = _FOREIGN_ROOT.search(f"root={root.spec} {client.command_line}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from appliance.errors import GuestUnreadable
@@ -20,6 +20,7 @@ from images.guest.fstab import Names, parse_crypttab, parse_fstab
 from images.guest.kernel import LIMIT, is_signed, release_of
 from images.guest.layout import ESP
 from images.guest.network import interfaces
+from images.guest.sealed import containers
 from images.guest.texts import fields, lines, printable, text
 from images.guest.volumes import Volume
 from images.model import Client, Firmware, Generator, Layer, Mount, Root
@@ -154,6 +155,8 @@ def client_of(tree: Tree, system: System, volumes: Sequence[Volume]) -> Client:
     kernel = tree.read(boot.kernel, LIMIT)
     release = _release(kernel, boot.kernel, warnings)
     firmware, shim, grub = _firmware(tree, system, volumes)
+    crypttab = parse_crypttab(text(tree, "/etc/crypttab"))
+    early = [system.mounts[where] for where in ("/", "/usr") if where in system.mounts]
     return Client(
         host=_host(tree),
         os_id=_os_id(about.get("ID", "")),
@@ -163,12 +166,13 @@ def client_of(tree: Tree, system: System, volumes: Sequence[Volume]) -> Client:
         initrd=boot.initrd,
         modules=_modules(tree, release),
         command_line=_command_line(boot),
-        root=_root(boot, system, volumes, warnings),
+        root=replace(_root(boot, system, volumes, warnings), containers=containers(crypttab, early, volumes)),
         generator=_generator(tree),
         firmware=firmware,
         fstab=system.fstab,
         nics=interfaces(tree, warnings),
-        crypttab=parse_crypttab(text(tree, "/etc/crypttab")),
+        crypttab=crypttab,
+        usr_layers=early[1].layers if early[1:] else (),
         signed_kernel=is_signed(kernel),
         shim=shim,
         grub=grub,

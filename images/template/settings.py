@@ -20,6 +20,9 @@ from images.model import Layer, Plan
 __all__ = ["Settings", "conf", "nics", "settings_for"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # of an interface: the kernel's IFNAMSIZ, and nothing a shell acts on
+# Of an opened container and of its header: words for init's shell and for cryptsetup, and no colon between them.
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._@=-]{0,126}")
+_UUID = re.compile(r"[0-9A-Za-z-]{1,40}")
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
@@ -44,7 +47,8 @@ def settings_for(plan: Plan) -> Settings:
 
 
 def conf(plan: Plan, settings: Settings) -> bytes:
-    """The file `/rw/conf`. What comes from the guest is quoted: it is a value for the shell, whatever is in it."""
+    """The file `/rw/conf`. What comes from the guest is quoted: it is a value for the shell, whatever is in it. Raises
+    ImageError for what the shell would have to split and could not."""
     root = plan.client.root
     above = [layer.value for layer in root.layers if layer is not Layer.PARTITION]
     values = {
@@ -79,9 +83,12 @@ def _link(mac: str, name: str) -> bytes:
 
 
 def _sealed(plan: Plan) -> list[str]:
-    """`NAME:SPEC` of the lines of crypttab, which are `NAME SPEC [KEY [OPTIONS]]`."""
-    lines = [line.split() for line in plan.client.crypttab]
-    return [f"{words[0]}:{words[1].replace(chr(34), '')}" for words in lines if len(words) > 1 and words[0][0] != "#"]
+    """`NAME:UUID=…` of what is below the root and /usr. Other lines of crypttab are for the client's own system, which
+    has the files with their keys."""
+    for name, uuid in plan.client.root.containers:
+        if not _CONTAINER.fullmatch(name) or not _UUID.fullmatch(uuid):
+            raise ImageError(reason=f"an encrypted container cannot have the name {name!r} and the UUID {uuid!r}")
+    return [f"{name}:UUID={uuid}" for name, uuid in plan.client.root.containers]
 
 
 def _usr(plan: Plan) -> str:
@@ -89,5 +96,8 @@ def _usr(plan: Plan) -> str:
     for mount in plan.client.fstab:
         if mount.where == "/usr" and "noauto" not in mount.options:
             flags = [one for one in mount.options if one not in ("defaults", "rw", "ro", "auto") and "=" in one]
-            return f"{mount.spec} {mount.fs} {','.join(one for one in flags if not one.startswith('x-'))}"
+            words = (mount.spec, mount.fs, ",".join(one for one in flags if not one.startswith("x-")))
+            if re.search(r"[\s*?\[\]\\]", "".join(words)):
+                raise ImageError(reason=f"/usr on {mount.spec!r} ({mount.fs}) has a word that init cannot be told")
+            return " ".join(words)
     return ""

@@ -200,7 +200,22 @@ def test_roots_that_our_init_does_not_know_keep_the_clients_initrd(changes):
 
 @pytest.mark.parametrize("layers", [(Layer.LVM,), (Layer.MD, Layer.LVM), (Layer.LUKS, Layer.LVM)])
 def test_roots_that_our_init_knows(layers):
-    assert plan(root=replace(ROOT, layers=layers)).mode == "template"
+    containers = (("root", "22-33"),) if Layer.LUKS in layers else ()
+    assert plan(root=replace(ROOT, layers=layers, containers=containers)).mode == "template"
+
+
+def test_a_container_that_crypttab_does_not_name_keeps_the_clients_initrd():
+    """dracut opens by rd.luks.uuid alone; nothing was opened and nothing was said."""
+    line = "root=UUID=11-22 rd.luks.uuid=luks-22-33"
+    one = plan(root=replace(ROOT, layers=(Layer.LUKS,)), command_line=line, crypttab=("data UUID=9 /key luks",))
+    assert one.mode == "append" and warned(one, "no line of crypttab names the encrypted container below the root")
+
+
+def test_a_usr_on_layers_that_the_root_has_not_keeps_the_clients_initrd():
+    one = plan(usr_layers=(Layer.PARTITION, Layer.LVM))
+    assert one.mode == "append" and warned(one, "/usr is on lvm and the root is not")
+    assert plan(usr_layers=(Layer.PARTITION,)).mode == "template"
+    assert plan(usr_layers=(Layer.LVM,), root=replace(ROOT, layers=(Layer.LVM,))).mode == "template"
 
 
 # --- warnings -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from images.guest.bootloader import boot_entry
 from images.guest.files import Walker
 from images.guest.fstab import Names, mapped_name, parse_crypttab, parse_fstab
 from images.guest.grub import parse_grub, parse_grubenv, version_key
+from images.guest.inspect import System, client_of
 from images.guest.journal import open_ext4
 from images.guest.kernel import is_signed, release_of
 from images.guest.network import interfaces
@@ -355,6 +356,66 @@ def test_fstab_and_crypttab():
                                  Mount("/dev/sda1", "/mnt/with space", "ext4", ("ro", "nofail")))  # fmt: skip
     assert parse_crypttab("# x\nroot UUID=a none luks\n") == ("root UUID=a none luks",)
     assert len(parse_fstab("a b c\n" * 100000)) == 1000
+
+
+# --- encrypted containers ---
+
+_P, _L, _V = Layer.PARTITION, Layer.LUKS, Layer.LVM
+# As the general reader tells them: what is in a container is `luks-` and the container's name.
+SEALED = {
+    "partition": (
+        Volume(name="vda2", fs="crypto_LUKS", uuid="aa-1", disks=("vda",), layers=(_P,)),
+        Volume(name="luks-vda2", fs="ext4", uuid="r", disks=("vda",), layers=(_P, _L)),
+    ),
+    "volume in a container": (
+        Volume(name="vda2", fs="crypto_LUKS", uuid="aa-1", disks=("vda",), layers=(_P,)),
+        Volume(name="luks-vda2", fs="LVM2_member", uuid="pv", disks=("vda",), layers=(_P, _L)),
+        Volume(name="vg/root", fs="ext4", uuid="r", disks=("vda",), layers=(_P, _L, _V)),
+    ),
+    "container on a volume": (
+        Volume(name="vda2", fs="LVM2_member", uuid="pv", disks=("vda",), layers=(_P,)),
+        Volume(name="vg/root", fs="crypto_LUKS", uuid="aa-1", disks=("vda",), layers=(_P, _V)),
+        Volume(name="luks-vg-root", fs="ext4", uuid="r", disks=("vda",), layers=(_P, _V, _L)),
+    ),
+}  # fmt: skip
+DATA = (
+    Volume(name="vda3", fs="crypto_LUKS", uuid="dd-1", disks=("vda",), layers=(_P,)),
+    Volume(name="vdb1", fs="crypto_LUKS", uuid="dd-2", disks=("vdb",), layers=(_P,)),
+    Volume(name="luks-vdb1", fs="xfs", uuid="d", disks=("vdb",), layers=(_P, _L)),
+)
+CRYPTTAB = "data1 UUID=dd-1 /etc/key luks\nROOT\ndata2 UUID=dd-2 /etc/key luks\n"
+
+
+def sealed_client(tmp_path, volumes, line, usr=None):
+    files = {**DEBIAN, "/etc/crypttab": CRYPTTAB.replace("ROOT", line)}
+    mounts = {"/": volumes[-1], **({"/usr": usr} if usr else {})}
+    everything = (*DATA, *volumes, *([usr] if usr else []))
+    return client_of(tree_of(tmp_path, files), System(volumes[-1], mounts, (), ()), everything)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("volumes", SEALED.values(), ids=SEALED)
+def test_only_containers_below_the_root_are_opened_before_it(tmp_path, volumes):
+    """Those of data have keys in files of the root: the system opens them itself, and nobody types for them."""
+    spec = "/dev/vg/root" if volumes[-1].name == "luks-vg-root" else "/dev/sda2"
+    for number, name in enumerate(("UUID=AA-1", "/dev/disk/by-uuid/aa-1", '"UUID=aa-1"', spec)):
+        (tmp_path / str(number)).mkdir()
+        client = sealed_client(tmp_path / str(number), volumes, f"root_crypt {name} none luks,discard")
+        assert client.root.containers == (("root_crypt", "aa-1"),)
+        assert client.usr_layers == ()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("line", ["", "root_crypt UUID=9 none", "a:b UUID=aa-1 none", "-x UUID=aa-1", "root_crypt"])
+def test_a_container_that_crypttab_does_not_name(tmp_path, line):
+    assert sealed_client(tmp_path, SEALED["partition"], line).root.containers == ()
+
+
+@pytest.mark.timeout(60)
+def test_a_usr_in_a_container_of_its_own(tmp_path):
+    client = sealed_client(tmp_path, SEALED["partition"], "root UUID=aa-1 none luks", DATA[-1])
+    assert client.root.containers == (("root", "aa-1"), ("data2", "dd-2"))
+    assert client.usr_layers == (_P, _L)
 
 
 # --- networks ---

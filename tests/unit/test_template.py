@@ -31,7 +31,6 @@ from images.template.pack import pack, unpack
 from images.template.settings import Settings, conf, settings_for
 from tests.support import imagekit
 
-
 _INIT = Path(__file__).parents[2] / "images/template/init.sh"
 
 
@@ -264,18 +263,32 @@ def test_packed_modules_are_unpacked(client, plan):
 def test_settings_of_a_guest_are_values_for_the_shell(plan, tmp_path):
     """Whatever stands in the guest's files, init reads it and does not run it."""
     root = replace(plan.client.root, spec="$(touch x)", flags="a'; touch x; '", volume="`touch x`")
-    root = replace(root, layers=(Layer.LUKS,))
+    root = replace(root, layers=(Layer.LUKS,), containers=(("seal", "1-a"), ("other", "2")))
     system = replace(
-        plan.client, root=root, crypttab=("seal UUID=1 none luks", "# note here"),
+        plan.client, root=root, crypttab=("seal UUID=1-a none luks", "data UUID=3 /key luks", "# note here"),
         fstab=(Mount("UUID=2", "/usr", "ext4", ("defaults", "subvol=u")),),
     )  # fmt: skip
     script = conf(replace(plan, client=system), Settings()).decode()
     show = 'printf "%s\\n" "$RW_ROOT" "$RW_FLAGS" "$RW_VOLUME" "$RW_LUKS" "$RW_USR" "$RW_LAYERS"'
     done = subprocess.run(["sh", "-euc", script + show], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "$(touch x)", "a'; touch x; '", "`touch x`", "seal:UUID=1", "UUID=2 ext4 subvol=u", "luks",
+        "$(touch x)", "a'; touch x; '", "`touch x`", "seal:UUID=1-a other:UUID=2", "UUID=2 ext4 subvol=u", "luks",
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("container", [("-x", "1"), ("a b", "1"), ("a:b", "1"), ("a*", "1"), ("a", "1 2"), ("a", "*")])
+def test_strange_names_of_containers(container, plan):
+    """They become words for init's shell and for cryptsetup."""
+    root = replace(plan.client.root, layers=(Layer.LUKS,), containers=(container,))
+    with pytest.raises(ImageError, match="encrypted container"):
+        conf(replace(plan, client=replace(plan.client, root=root)), Settings())
+
+
+@pytest.mark.parametrize("mount", [Mount("LABEL=a b", "/usr", "ext4", ()), Mount("UUID=*", "/usr", "ext4", ())])
+def test_strange_names_of_usr(mount, plan):
+    with pytest.raises(ImageError, match="/usr on"):
+        conf(replace(plan, client=replace(plan.client, fstab=(mount,))), Settings())
 
 
 @pytest.mark.parametrize("name", ["", "..", "a b", "a/b", "$(x)", "a" * 16, "a\nb"])
@@ -339,8 +352,8 @@ def test_build_is_reproducible_and_tells_all(template, client, plan, tmp_path):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("mask", [0o000, 0o077])
 def test_an_image_is_read_by_who_made_it_alone(mask, template, client, plan, tmp_path):
-    """I7: in append mode the initrd is the client's, with whatever key is in it. Whoever gets one file of it handed over
-    can pass through the folder."""
+    """I7: in append mode the initrd is the client's, with whatever key is in it. Whoever gets one file of the image
+    handed over can pass through the folder."""
     initrd = {"mode": "append", "client": replace(plan.client, initrd="/etc/hostname")}
     before = os.umask(mask)
     try:
