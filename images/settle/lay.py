@@ -33,6 +33,7 @@ Description=Give this machine an identity of its own
 DefaultDependencies=no
 Conflicts=shutdown.target
 After=local-fs.target systemd-remount-fs.service systemd-machine-id-commit.service
+Wants=network-pre.target
 Before=sysinit.target network-pre.target ssh.service sshd.service shutdown.target
 
 [Service]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +73,14 @@ class Root:
     def program(self, name: str, text: str) -> None:
         """A program that is found before the machine's own of that name."""
         self.write(f"/usr/local/sbin/{name}", f"#!/bin/sh\n{text}\n", 0o755)
+
+    def hide(self, *names: str) -> None:
+        """Programs of the machine that are not there."""
+        for name in names:
+            if (found := shutil.which(name)) is not None:
+                where = self.path(os.path.realpath(found))
+                where.parent.mkdir(parents=True, exist_ok=True)
+                os.mknod(where, stat.S_IFCHR, os.makedev(0, 0))  # overlayfs: nothing there
 
     def read(self, path: str) -> str:
         return self.path(path).read_text()

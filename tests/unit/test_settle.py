@@ -174,6 +174,7 @@ def test_ssh_keys(root):
 
 def test_addresses(root):
     """P6-24: fixed addresses become DHCP, and the rest of each file stays as it is."""
+    root.program("dhclient", "")
     root.write("/etc/network/interfaces", (
         "auto lo ens3\niface lo inet loopback\n# static\niface ens3 inet static\n    address 10.0.2.15/24\n"
         "    gateway 10.0.2.2\n    mtu 1400\niface ens4 inet dhcp\n"
@@ -197,6 +198,16 @@ def test_addresses(root):
         "[connection]\nid=eth\n\n[ipv4]\ndns=9.9.9.9;\nmethod=auto\n\n[ipv6]\nmethod=auto\n"
     )
     assert stat.S_IMODE(root.path(path).stat().st_mode) == 0o600
+
+
+def test_addresses_stay_where_nobody_could_ask_for_others(root):
+    """A machine with the old address is of more use than one without any."""
+    text = "auto ens3\niface ens3 inet static\n    address 10.0.2.15/24\n"
+    root.write("/etc/network/interfaces", text)
+    root.hide("dhclient", "dhcpcd", "dhcpcd5", "udhcpc", "pump")
+    done = root.run(plan(), {"addresses": {}}, "identity")
+    assert done.code == 0 and "addresses: left as it was" in done.report, done
+    assert root.read("/etc/network/interfaces") == text
 
 
 def test_addresses_that_nobody_here_can_change_are_named(root):

@@ -12,9 +12,16 @@ rewrite() {
     changed="$changed $file"
 }
 
-# interfaces(5): the options of a stanza that only `static` has.
+# interfaces(5): the options of a stanza that only `static` has. ifupdown asks by a program of its own.
+asks() { has dhclient || has dhcpcd || has dhcpcd5 || has udhcpc || has pump; }
 for file in /etc/network/interfaces /etc/network/interfaces.d/*; do
     [ -f "$file" ] || continue
+    if ! asks; then
+        grep -Eq '^[[:space:]]*iface .*[[:space:]]static' "$file" || continue
+        say "$file has fixed addresses, and the guest has no program to ask by DHCP: it is left as it is"
+        left=1
+        continue
+    fi
     # shellcheck disable=SC2016 # awk's own fields
     rewrite "$file" awk '
         $1 == "iface" { fixed = $4 == "static"; if (fixed) { six = $3 == "inet6"; sub(/static[ \t]*$/, six ? "auto" : "dhcp") } }

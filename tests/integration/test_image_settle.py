@@ -1,0 +1,74 @@
+"""`rewind image build --settle`: after the first boot by the image, the disk boots on the new hardware by itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+
+import pytest
+
+from tests.guests import clients
+from tests.support.imageproof import arguments, boot
+from tests.support.imagery import Imagery
+from tests.support.limits import limit
+from tests.support.targets import TARGETS, Medium
+
+
+@pytest.fixture(scope="module")
+def imagery():
+    from tests.support import world
+
+    with Imagery(world.images_folder("settle"), clients.build("mbr")) as found:
+        yield found
+
+
+def settle(target, disk, medium, folder, seconds=600):
+    """Boot by the image until the client says what came of it; its console."""
+    folder.mkdir()
+    with (folder / "qemu.log").open("wb") as log:
+        command = arguments(target, disk, medium, folder)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        deadline, console = time.monotonic() + limit(seconds), folder / "console.log"
+        while process.poll() is None and time.monotonic() < deadline:
+            text = console.read_text(errors="replace") if console.exists() else ""
+            if re.search(r"rewind: settle: (done|not all)", text):
+                break
+            time.sleep(0.5)
+    finally:
+        # As a power cut: what it says is done must be on the disk.
+        process.kill()
+        process.wait(30)
+    return console.read_text(errors="replace")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_disk_boots_by_itself_on_its_new_hardware(imagery, tmp_path):
+    """P6-19, P6-24: the client's own tool makes an initramfs for this controller, `MODULES=dep` as it is set; the disk
+    then needs no image, and has the new identity. The control is test_clients: as it was it does not boot there."""
+    target = TARGETS["ahci-e1000e-bios"]
+    imagery.add_target(target)
+    words = ("--at", imagery.points["first"], "--target", target.name, "--into", tmp_path / "image")
+    (built,) = imagery.rewind(
+        "image", "build", imagery.name, *words, "--settle", "--identity", "new", "--host-name", "twin"
+    )
+    (iso,) = [one["path"] for one in built["files"] if one["name"] == "iso"]
+    with imagery.disk("first", tmp_path / "disk.qcow2") as disk:
+        console = settle(target, disk, Medium("iso", iso), tmp_path / "first")
+        said = re.findall(r"rewind: (\S+): (.*?)\r?\n", console)
+        assert ("settle", "done") in said, console[-5000:]
+        assert ("initramfs", "done") in said and ("host-name", "done") in said
+        assert any(step == "initramfs" and "ahci" in text for step, text in said), said
+        assert ("loader", "/dev/sda has GRUB in its first sector: it starts by itself") in said
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        proof = boot(target, disk, None, alone, seconds=300)
+    assert proof.up and proof.kernels == [imagery.client.kernel], proof
+    expected = imagery.client.expected["first"]
+    document = proof.document
+    assert document["hostname"] == document["running_hostname"] == "twin"
+    assert document["machine_id"] != expected["machine_id"] and re.fullmatch("[0-9a-f]{32}", document["machine_id"])
+    assert (document["packages"], document["users"]) == (expected["packages"], expected["users"])
+    assert (document["boots"], document["failed"]) == (2, [])
