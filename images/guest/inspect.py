@@ -213,7 +213,7 @@ def _command_line(boot: Boot) -> str:
     line = boot.command_line
     if any(not letter.isprintable() for letter in line) or len(line) > 2048:
         raise GuestUnreadable(what=f"the command line in {boot.found_in}", reason=f"it is {printable(line)!r}")
-    return line
+    return " ".join(word for word in line.split(" ") if not word.startswith(("BOOT_IMAGE=", "initrd=")))
 
 
 def _root(boot: Boot, system: System, volumes: Sequence[Volume], warnings: list[str]) -> Root:

@@ -120,3 +120,7 @@ def check_command_line(line: str) -> None:
     strange = re.search(r"[^\x20-\x7e]", line)
     if strange:
         raise ImageError(reason=f"the command line has a character that no boot loader passes on: {strange[0]!r}")
+    # pxelinux and the kernel's EFI stub split it at every space and load what they find there.
+    other = next((word for word in line.split() if word.startswith("initrd=")), "")
+    if other:
+        raise ImageError(reason=f"the command line has {other!r}, which a boot loader would take for its own")

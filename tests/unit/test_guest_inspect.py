@@ -178,6 +178,15 @@ def test_a_system_with_a_strange_id_is_some_linux(tmp_path, word):
 
 
 @pytest.mark.timeout(60)
+def test_words_of_a_boot_loader_are_no_part_of_the_command_line(tmp_path):
+    """Also where no boot loader wrote it: pxelinux and the kernel's EFI stub would load what `initrd=` names."""
+    line = "root=/dev/vda1 initrd=../other BOOT_IMAGE=/x  ro\n"
+    image = debian(tmp_path / "disk", {"/boot/grub/grub.cfg": None, "/etc/kernel/cmdline": line})
+    with open_guest({"vda": str(image)}, tmp_path) as guest:
+        assert guest.client.command_line == "root=/dev/vda1  ro"
+
+
+@pytest.mark.timeout(60)
 def test_what_is_not_needed_and_malformed_is_a_warning(tmp_path):
     image = debian(tmp_path / "disk", {
         "/etc/netplan/x.yaml": "network: [", "/etc/netplan/y.yaml": "[" * 100000,

@@ -142,7 +142,7 @@ def test_refusals():
     assert medium("esp", Firmware.UEFI, target="t", secure_boot=True).name == "esp"
 
 
-@pytest.mark.parametrize("line", ["a\nb", "a\0b", "a\tb", "a" * 2048, "ü"])
+@pytest.mark.parametrize("line", ["a\nb", "a\0b", "a\tb", "a" * 2048, "ü", "a initrd=/x", 'b="c initrd=../x"'])
 def test_command_line_that_no_loader_passes_on(line):
     with pytest.raises(ImageError, match="command line"):
         check_command_line(line)
