@@ -4,6 +4,7 @@
                  reverts that nobody drives any more (the host was started anew)      → service.resume
                  domains that were brought up and whose disks nobody fills any more   → service.image.starting.resume
                  domains captured continuously whose tap process is gone              → service.tap.ensure
+                 the newest point of a domain with `verify_every`, one at a time      → service.image.verifying
 
 Killed at any instant it loses nothing: the next start reads the same records. One daemon for each home, kept by a lock;
 people at the command line are kept apart by the domain's own lock, for which the daemon waits.
@@ -27,7 +28,7 @@ from typing import Any
 
 from appliance.capture import protection
 from appliance.capture.protection import Protection
-from appliance.errors import Locked, NoSuchPoint, NothingToResume, RewindError, StoreError
+from appliance.errors import Interrupted, Locked, NoSuchPoint, NothingToResume, RewindError, StoreError
 from appliance.process import lives
 from appliance.restore import hydrate
 from appliance.schedule import Task, due, next_time
@@ -50,11 +51,13 @@ _ROUND = 5.0
 _AGAIN, _AGAIN_AT_MOST = 60.0, 3600.0
 # One that starts and ends at once must not become a loop.
 _TAP_AGAIN = 5.0
+# The key of a test among what is running.
+_TEST = "test"
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`kind`: started, tap, point, resumed, failed, stopped."""
+    """`kind`: started, tap, point, verified, resumed, failed, stopped."""
 
     kind: str
     time: datetime
@@ -76,6 +79,7 @@ class Daemon:
         self._tried: dict[str, tuple[float, int]] = {}  # uuid → (when, failures in a row); guarded by _telling
         self._running: dict[str, Future[None]] = {}  # touched by the loop's thread only
         self._resumed: dict[str, tuple[float, int]] = {}  # revert's domain → as _tried; guarded by _telling
+        self._tested: dict[str, tuple[float, int]] = {}  # uuid → (when to look, failures in a row); as _tried
         self._tapped: dict[str, tuple[float, int]] = {}  # domain without a tap process → as _tried; guarded by _telling
 
     def run(self) -> None:
@@ -106,6 +110,7 @@ class Daemon:
         held = self._resume_abandoned(pool)
         self._resume_images(pool)
         self._start_taps(pool)
+        self._start_test(pool)
         for task in due(self._tasks(), time.time()):
             if task.uuid not in self._running and task.uuid not in held:
                 self._running[task.uuid] = pool.submit(self._take, task)
@@ -180,6 +185,56 @@ class Daemon:
             self._say("tap", record.domain, "the process that captures continuously was started")
         finally:
             self._wake.set()
+
+    def _start_test(self, pool: ThreadPoolExecutor) -> None:
+        """At most one: a machine that is tested takes a gigabyte, and a processor for minutes."""
+        from appliance.service.image import scheduled
+
+        if _TEST in self._running:
+            return
+        for record in protection.all_records(self._home):
+            when, failures = self._tested.get(record.uuid, (0.0, 0))
+            if record.verify_every is None or time.time() < when:
+                continue
+            try:
+                found = scheduled.due(self._session, record, time.time())
+            except RewindError as error:
+                log.warning("tests of %s: %s", record.domain, error)
+                found = scheduled.Due("", time.time() + _AGAIN)
+            with self._telling:
+                self._tested[record.uuid] = (found.again, failures)
+            if found.point:
+                self._running[_TEST] = pool.submit(self._test, record, found.point, failures)
+                return
+
+    def _test(self, record: Protection, point: str, failures: int) -> None:
+        from appliance.service.image import verifying
+
+        try:
+            with Session(self._home, self._session.connect, key=self._session.key) as session:
+                found = verifying.verify(session, record.uuid, point, stopped=self._stop.is_set)
+        except Interrupted:
+            pass  # asked to stop: the next daemon begins anew
+        except RewindError as error:
+            self._not_tested(record, failures, f"{error.message}" + (f" ({error.hint})" if error.hint else ""))
+        except Exception as error:
+            log.exception("test of %s", record.domain)
+            self._not_tested(record, failures, f"unexpected {type(error).__name__}: {error}")
+        else:
+            with self._telling:
+                self._tested[record.uuid] = (self._tested[record.uuid][0], 0)
+            if found.verdict.booted:
+                self._say("verified", record.domain, f"{point} boots on {found.target}, in {found.seconds:.0f} s")
+            else:
+                self._say("failed", record.domain, f"{point} did not boot: {'; '.join(found.verdict.reasons)}")
+        finally:
+            self._wake.set()
+
+    def _not_tested(self, record: Protection, failures: int, detail: str) -> None:
+        pause = min(_AGAIN * 2**failures, _AGAIN_AT_MOST)
+        with self._telling:
+            self._tested[record.uuid] = (time.time() + pause, failures + 1)
+        self._say("failed", record.domain, f"its newest point could not be tested: {detail}")
 
     def _until_next(self) -> float:
         now = time.time()

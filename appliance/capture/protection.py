@@ -58,7 +58,8 @@ class Protection:
     """`every` is seconds, or None: points are taken by hand. `last_point` is what the next increment is relative to;
     `parent` is what the next point says it comes from, where that is another one (the target of a revert). `state` is
     kept by target. With `continuous` every write is recorded as well, as long as that adds no more than
-    `max_added_latency` seconds to a write (None: whatever it adds)."""
+    `max_added_latency` seconds to a write (None: whatever it adds). `verify_every` is seconds, or None: points are
+    booted as a test by hand."""
 
     domain: str
     uuid: str
@@ -74,6 +75,7 @@ class Protection:
     pending: Pending | None = None
     continuous: bool = False
     max_added_latency: float | None = None
+    verify_every: int | None = None
 
     @property
     def prefix(self) -> str:

@@ -65,6 +65,7 @@ class Protected(Record):
     continuous: bool
     max_added_latency_seconds: float | None
     warnings: tuple[str, ...] = ()
+    verify_every_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,10 +58,11 @@ def protect(
     *,
     continuous: bool | None = None,
     max_added_latency: float | None = None,
+    verify_every: float | None = None,
 ) -> Protected:
     """Begin, or change what is given. Without `disks` the whole domain is protected, disks added later included. With
     `continuous` every write is recorded from now on by a process of its own, which also takes the first point;
-    `max_added_latency` is in seconds, 0 for none.
+    `max_added_latency` is in seconds, 0 for none; so is `verify_every`, how often the daemon boots the newest point.
 
     A protected domain that is gone and had the name before is not protected any more then; its points stay.
 
@@ -85,6 +86,7 @@ def protect(
             made,
             continuous=made.continuous if continuous is None else continuous,
             max_added_latency=made.max_added_latency if max_added_latency is None else max_added_latency or None,
+            verify_every=made.verify_every if verify_every is None else _whole(verify_every or None),
         )
         protection.save(session.home, made)
     if lost is not None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,11 +18,13 @@ from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.config import Home
 from appliance.daemon import Daemon
-from appliance.errors import DomainNotFound, Locked, NotRecoverable
-from appliance.model import Consistency
+from appliance.errors import DomainNotFound, Locked, NoSuchTemplate, NotRecoverable
+from appliance.model import Consistency, Point
 from appliance.service import Session
+from appliance.service.image import evidence, scheduled, verifying
 from appliance.service.recovery import Pending
 from appliance.service.setup import init
+from images.verify.judge import Verdict
 
 
 @pytest.fixture
@@ -239,3 +242,77 @@ def test_a_domain_that_is_paused_gets_no_points(session, monkeypatch):
     pause.write_text(json.dumps({"until": time.time() - 1}))
     run_for(daemon, 0.3)
     assert set(points.taken) == {"web"}
+
+
+class Rehearsals:
+    """Pretends to boot points as tests; `say` is what comes of each, an error or a verdict."""
+
+    def __init__(self, monkeypatch, *say):
+        self.asked, self._say = [], list(say)
+        self.due = scheduled.Due("p1", time.time() + 3600)
+        monkeypatch.setattr(scheduled, "due", lambda _session, _record, _now: self.due)
+        monkeypatch.setattr(verifying, "verify", self)
+
+    def __call__(self, _session, uuid, point, *, stopped):
+        self.asked.append((uuid, point, stopped()))
+        said = self._say.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        return SimpleNamespace(verdict=said, target="own-hardware", seconds=42.0)
+
+
+def rehearsed(session, events, **changes):
+    protect(session, "web", every=None)
+    [record] = protection.all_records(session.home)
+    protection.save(session.home, replace(record, verify_every=86400, **changes))
+    daemon = Daemon(session, events.append)
+    run_for(daemon, 0.3)
+    return daemon
+
+
+def test_the_newest_point_is_booted_as_a_test(session, monkeypatch):
+    """P6-28: by a schedule, once; what came of it is told."""
+    events, pretended = [], Rehearsals(monkeypatch, Verdict(True, (), ("6.1",), (), ()))
+    rehearsed(session, events)
+    assert pretended.asked == [("uuid-web", "p1", False)]
+    assert [(one.kind, one.detail) for one in events] == [("verified", "p1 boots on own-hardware, in 42 s")]
+
+
+def test_a_point_that_does_not_boot_is_told(session, monkeypatch):
+    events = []
+    Rehearsals(monkeypatch, Verdict(False, ("no kernel was seen to start",), (), (), ()))
+    rehearsed(session, events)
+    assert [(one.kind, one.detail) for one in events] == [("failed", "p1 did not boot: no kernel was seen to start")]
+
+
+@pytest.mark.parametrize("error", [NoSuchTemplate(template_name="latest"), ZeroDivisionError("bug")])
+def test_a_test_that_cannot_be_made_is_tried_later(session, monkeypatch, error):
+    events, pretended = [], Rehearsals(monkeypatch, error)
+    daemon = rehearsed(session, events)
+    assert len(pretended.asked) == 1 and events[0].kind == "failed"
+    assert events[0].detail.startswith("its newest point could not be tested: ")
+    when, failures = daemon._tested["uuid-web"]
+    assert failures == 1 and 30 < when - time.time() <= 60
+
+
+def test_no_test_without_a_schedule(session, monkeypatch):
+    pretended = Rehearsals(monkeypatch)
+    protect(session, "db", every=None)
+    run_for(Daemon(session, lambda _event: None), 0.2)
+    assert pretended.asked == []
+
+
+def test_what_was_tested_is_known_by_its_evidence(session):
+    """Not by the daemon's memory: another one goes on from there."""
+    record = Protection("web", "u", "test:///", ("vda",), "id", "t", verify_every=3600)
+    assert scheduled.due(session, record, 1000.0) == scheduled.Due("", 1600.0)
+    now = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+    for number in (1, 2):
+        session.repository.commit(Point(f"0a0{number}", "web", "u", "test:///", now, "t", None, ()))
+    assert scheduled.due(session, record, now.timestamp()).point == "0a02"
+    evidence.put(session, "0a01", now, True, {}, {})
+    assert scheduled.due(session, record, now.timestamp() + 10) == scheduled.Due("", now.timestamp() + 3600)
+    assert scheduled.due(session, record, now.timestamp() + 3600).point == "0a02"
+    evidence.put(session, "0a02", now, False, {}, {})
+    later = now.timestamp() + 7200
+    assert scheduled.due(session, record, later) == scheduled.Due("", later + 600)

@@ -55,10 +55,13 @@ _QUIESCE = click.Choice(["auto", "require", "never"])
     "--max-added-latency", zero=True,
     text="When recording adds more than this to one write of a hundred, it stops for a while (5ms; 0: never).",
 )  # fmt: skip
+@duration_option(
+    "--verify-every", zero=True, text="`rewind daemon` boots the newest point as a test this often (1d; 0: never)."
+)
 @wait_option()
 def protect_command(
     context: Context, domain: str, every: float | None, disks: tuple[str, ...], quiesce: str | None,
-    continuous: bool | None, max_added_latency: float | None, wait: float,
+    continuous: bool | None, max_added_latency: float | None, verify_every: float | None, wait: float,
 ) -> None:  # fmt: skip
     """Begin to protect DOMAIN, or change how it is protected.
 
@@ -72,12 +75,13 @@ def protect_command(
 
     with context.session() as session:
         made = protect(
-            session, domain, every, disks, quiesce, wait, continuous=continuous, max_added_latency=max_added_latency
-        )
+            session, domain, every, disks, quiesce, wait, continuous=continuous, max_added_latency=max_added_latency,
+            verify_every=verify_every,
+        )  # fmt: skip
     record = made.record
     result = records.Protected(
         record.domain, record.uuid, record.uri, made.targets, record.every, record.quiesce, made.already,
-        record.continuous, record.max_added_latency, tuple(session.warnings),
+        record.continuous, record.max_added_latency, tuple(session.warnings), record.verify_every,
     )  # fmt: skip
     when = f"every {format_duration(record.every)}, by `rewind daemon`" if record.every else "when asked"
     recorded = "every write recorded, " if record.continuous else ""

@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import BadInventory, ToolFailed
+from appliance.errors import BadInventory, Interrupted, ToolFailed
 from appliance.model import DiskPoint, Point
 from appliance.restore.export import ViewServer
 from appliance.restore.rehearsal import Layer, Outcome, Stage, guest_user, rehearse
@@ -85,21 +85,24 @@ class _Prepared:
 def verify(
     session: Session, domain: str, when: str, target: str = "", *, timeout: float = TIMEOUT, memory: int = MEMORY,
     template: str = "", keys: Sequence[bytes] = (), progress: Progress = silent,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Verified:  # fmt: skip
-    """Boot DOMAIN's point as a test. `timeout` in seconds bounds the boot, `memory` in bytes the machine.
+    """Boot DOMAIN's point as a test. `timeout` in seconds bounds the boot, `memory` in bytes the machine; it is broken
+    off when `stopped` says so.
 
-    Whether it came up is in the verdict. Raises NotSupported (a target that QEMU cannot stand for), DriversMissing and
-    what `making.build` raises, ImageError and NoSpace when the host has not the room: nothing is kept then.
+    Whether it came up is in the verdict. Raises Interrupted when it was broken off, NotSupported (a target that QEMU
+    cannot stand for), DriversMissing and what `making.build` raises, ImageError and NoSpace when the host has not the
+    room: nothing is kept then.
     """
     point = resolve(session, domain, when)
     # gc waits as long as the point is read.
     with session.repository.session(f"test of {point.domain}"):
-        return _verify(session, point, target, timeout, memory, template, keys, progress)
+        return _verify(session, point, target, timeout, memory, template, keys, progress, stopped)
 
 
 def _verify(
     session: Session, point: Point, target: str, timeout: float, memory: int, template: str, keys: Sequence[bytes],
-    progress: Progress,
+    progress: Progress, stopped: Callable[[], bool],
 ) -> Verified:  # fmt: skip
     disks = choose(point, ())
     folder = Path(tempfile.mkdtemp(prefix="verify-", dir=session.home.path / "run"))
@@ -107,7 +110,7 @@ def _verify(
         progress(0, 0, "building the image")
         made = _prepare(session, point, disks, target, folder, template, keys)
         progress(0, 0, f"booting {point.id}")
-        outcome = _boot(session, made, disks, folder, timeout, memory)
+        outcome = _boot(session, made, disks, folder, timeout, memory, stopped)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _keep(session, point, made, outcome)
@@ -162,8 +165,9 @@ def _on_the_console(plan: Plan, console: str) -> tuple[Plan, tuple[str, ...]]:
 
 
 def _boot(
-    session: Session, made: _Prepared, disks: Sequence[DiskPoint], folder: Path, timeout: float, memory: int
-) -> Outcome:
+    session: Session, made: _Prepared, disks: Sequence[DiskPoint], folder: Path, timeout: float, memory: int,
+    stopped: Callable[[], bool],
+) -> Outcome:  # fmt: skip
     uid, gid, _name = guest_user()
     # QEMU's user passes through to the socket and can read nothing else here.
     folder.chmod(0o711)
@@ -182,7 +186,15 @@ def _boot(
             machine.machine, machine.words, layers, made.medium, memory, uefi=machine.firmware is Firmware.UEFI,
             secure_boot=machine.secure_boot, accelerator=session.settings.accelerator,
         )  # fmt: skip
-        return rehearse(stage, stage_folder, timeout=timeout, over=Waiting().over)
+        waiting = Waiting()
+
+        def over(console: bytes, report: bytes, now: float) -> str:
+            return "it was broken off" if stopped() else waiting.over(console, report, now)
+
+        outcome = rehearse(stage, stage_folder, timeout=timeout, over=over)
+    if stopped():
+        raise Interrupted(reason="a test boot was broken off")
+    return outcome
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
