@@ -15,7 +15,7 @@ import pytest
 
 from appliance.process import run
 from images.build import build_image
-from images.model import Firmware, Layer
+from images.model import Firmware, Layer, Mount
 from images.template.settings import Settings
 from tests.support import imagekit
 from tests.support.limits import limit
@@ -188,29 +188,47 @@ set -x
 client=$(device_of "$ROOT")
 set --
 for one in /dev/sd?; do [ "$one" = "$client" ] || set -- "$@" "$one"; done
+seal() {
+    x cryptsetup luksFormat --batch-mode --uuid=@SEALED@ --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "$1" /rw/key
+    x cryptsetup open --key-file /rw/key "$1" sealed
+    below=/dev/mapper/sealed
+}
 case $LAYERS in
-    *luks*)
-        x cryptsetup luksFormat --batch-mode --uuid=@SEALED@ --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "$1" /rw/key
-        x cryptsetup open --key-file /rw/key "$1" sealed
-        below=/dev/mapper/sealed ;;
+    luks*) seal "$1" ;;
+    lvm*) below=$1 ;;
     *)
         x mdadm --create /dev/md0 --run --level=1 --metadata=1.2 --raid-devices=2 "$@"
         below=/dev/md0 ;;
 esac
 x lvm pvcreate --config "$LVM" $below && x lvm vgcreate --config "$LVM" vg $below
-x lvm lvcreate --config "$LVM" --wipesignatures n -l 100%FREE -n root vg && mke2fs /dev/mapper/vg-root
-mkdir /tmp/new && mount "$client" -o ro /root && mount -t ext4 /dev/mapper/vg-root /tmp/new && cp -a /root/. /tmp/new/
-umount /tmp/new && x lvm vgchange --config "$LVM" -an vg && echo made >/dev/ttyS1
+x lvm lvcreate --config "$LVM" --wipesignatures n -l 2 -n usr vg && mke2fs -L own-usr /dev/mapper/vg-usr
+x lvm lvcreate --config "$LVM" --wipesignatures n -l 100%FREE -n root vg
+root=/dev/mapper/vg-root
+case $LAYERS in lvm*) seal $root && root=$below ;; esac
+mke2fs $root
+mkdir /tmp/new && mount "$client" -o ro /root && mount -t ext4 $root /tmp/new && cp -a /root/. /tmp/new/
+mkdir -p /tmp/new/usr
+umount /tmp/new
+case $LAYERS in lvm*) x cryptsetup close sealed ;; esac
+x lvm vgchange --config "$LVM" -an vg && echo made >/dev/ttyS1
 poweroff -f
 """
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layers", [(Layer.MD, Layer.LVM), (Layer.LUKS, Layer.LVM)], ids=["md", "luks"])
-def test_root_on_layers(layers, template, client, tmp_path):
-    """P6-07: our own init brings up arrays, keys (by the console) and volumes; its hook runs before the root is looked
-    for. The passphrase is in no file of the image that boots."""
+@pytest.mark.parametrize(
+    ("layers", "usr"),
+    [
+        ((Layer.MD, Layer.LVM), "LABEL=own-usr"),
+        ((Layer.LUKS, Layer.LVM), ""),
+        ((Layer.LVM, Layer.LUKS), "/dev/mapper/vg-usr"),
+    ],
+    ids=["md", "luks", "luks on lvm"],
+)
+def test_root_on_layers(layers, usr, template, client, tmp_path):
+    """P6-07: our own init brings up arrays, keys (by the console) and volumes, that of a /usr too; its hook runs before
+    the root is looked for. The passphrase is in no file of the image that boots."""
     secret = "correct horse battery"
     target = imagekit.inventory(Firmware.BIOS)
     drivers = ("ahci", "raid1", "dm_mod", "dm_crypt", "ecb", "xts", "aes_generic", "sha256_generic")
@@ -229,13 +247,20 @@ def test_root_on_layers(layers, template, client, tmp_path):
     made = Machine(tmp_path, client, *AHCI, *disks, *attached(first.files["iso"], *CD))
     assert made.proof.endswith("made\n"), made.console[-4000:]
 
-    root = replace(plan.client.root, spec="/dev/mapper/vg-root", layers=(Layer.PARTITION, *layers), volume="vg/root")
-    sealed = (f"sealed UUID={_SEALED} none luks",) if Layer.LUKS in layers else ()
+    volume = "vg/root" if layers[-1] is Layer.LVM else ""
+    name = "/dev/mapper/vg-root" if volume else "/dev/mapper/sealed"
+    sealed = (("sealed", _SEALED),) if Layer.LUKS in layers else ()
+    root = replace(
+        plan.client.root, spec=name, layers=(Layer.PARTITION, *layers), volume=volume, containers=sealed
+    )  # fmt: skip
+    fstab = (Mount(usr, "/usr", "ext4", ("defaults",)),) if usr else ()
     line = plan.command_line.replace(f"UUID={imagekit.UUID}", root.spec)
-    plan = replace(plan, client=replace(plan.client, root=root, crypttab=sealed), command_line=line)
+    plan = replace(plan, client=replace(plan.client, root=root, fstab=fstab), command_line=line)
     second = build_image(plan, client.tree(), template, media=["iso"], folder=tmp_path / "image")
     assert secret.encode() not in second.files["iso"].read_bytes()
     question = ("Enter passphrase", secret + "\n") if sealed else ("", "")
     machine = Machine(tmp_path, client, *AHCI, *disks, *attached(second.files["iso"], *CD), answer=question)
     machine.has_booted(client)
-    assert "/dev/mapper/vg-root" in machine.proof
+    assert f"root: {name} / ext4 ro" in machine.proof
+    # The ext4 with the client's files has no /usr that is a file system.
+    assert ("mounted: /usr" in machine.proof) == bool(usr)

@@ -61,6 +61,7 @@ echo "command line: $(busybox cat /proc/cmdline)"
 echo "root: $(busybox grep ' / ' /proc/mounts | busybox tail -n 1)"
 for nic in /sys/class/net/*; do echo "nic: ${nic##*/} $(busybox cat "$nic/address")"; done
 for file in $(busybox find /run -type f); do echo "run: $file"; done
+while read -r _ where _; do echo "mounted: $where"; done </proc/mounts
 echo "arguments: $*"
 echo "pid: $$"
 echo "end"
