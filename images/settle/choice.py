@@ -43,7 +43,7 @@ class After:
             chosen["machine-id"] = {"id": uuid.UUID(bytes=digest[:16], version=4).hex}
             chosen |= {"ssh-keys": {}, "addresses": {}}
         if self.settle:
-            chosen |= {"initramfs": {}, "loader": {}}
+            chosen |= {"nics": {}, "initramfs": {}, "loader": {}}
         return chosen
 
 

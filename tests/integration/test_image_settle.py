@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
+from appliance.service.image import making
+from images.build import build_image
+from images.settle.choice import After, with_steps
 from tests.guests import clients
 from tests.support.imageproof import arguments, boot
 from tests.support.imagery import Imagery
@@ -43,6 +47,17 @@ def settle(target, disk, medium, folder, seconds=600):
     return console.read_text(errors="replace")
 
 
+def has_settled(proof, imagery):
+    """By itself, on the new hardware, as somebody else, with all that it had."""
+    assert proof.up and proof.kernels == [imagery.client.kernel], proof
+    expected, document = imagery.client.expected["first"], proof.document
+    assert document["hostname"] == document["running_hostname"] == "twin"
+    assert document["machine_id"] != expected["machine_id"] and re.fullmatch("[0-9a-f]{32}", document["machine_id"])
+    assert (document["packages"], document["users"]) == (expected["packages"], expected["users"])
+    assert (document["boots"], document["failed"]) == (2, [])
+    assert document["interfaces"]["ens3"]["carrier"] and document["gateway"]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_disk_boots_by_itself_on_its_new_hardware(imagery, tmp_path):
@@ -59,16 +74,51 @@ def test_a_disk_boots_by_itself_on_its_new_hardware(imagery, tmp_path):
         console = settle(target, disk, Medium("iso", iso), tmp_path / "first")
         said = re.findall(r"rewind: (\S+): (.*?)\r?\n", console)
         assert ("settle", "done") in said, console[-5000:]
-        assert ("initramfs", "done") in said and ("host-name", "done") in said
+        assert {("initramfs", "done"), ("host-name", "done"), ("nics", "done")} <= set(said)
         assert any(step == "initramfs" and "ahci" in text for step, text in said), said
         assert ("loader", "/dev/sda has GRUB in its first sector: it starts by itself") in said
         alone = tmp_path / "alone"
         alone.mkdir()
+        has_settled(boot(target, disk, None, alone, seconds=300), imagery)
+
+
+# Unpacks what the packages grub-efi-amd64-bin and dosfstools would have put there: the client is built without them.
+_TOOLS = b"tar -C / -xf /run/rewind/tools.tar && say unpacked"
+
+
+def tools(path):
+    """The programs of this machine, which has the client's release."""
+    command = ["tar", "-C", "/", "-cf", path, "usr/lib/grub/x86_64-efi", "sbin/mkfs.vfat", "usr/sbin/mkfs.fat"]
+    subprocess.run([*command, "--dereference"], check=True)
+    return path.read_bytes()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_disk_of_a_bios_gets_what_uefi_starts(imagery, tmp_path):
+    """P6-17 to P6-19: in the room that a larger disk has left, the client makes an EFI system partition and puts its
+    own GRUB there. The control is test_clients: as it was UEFI finds nothing on it."""
+    target = TARGETS["ahci-e1000e-uefi"]
+    imagery.add_target(target)
+    with imagery.session() as session:
+        point = imagery.points["first"]
+        with making.prepared(session, imagery.name, point, target.name, "", (), None) as ready:
+            after = After(settle=True, identity="new", host_name="twin")
+            plan, settings = with_steps(ready.planned.plan, after, "seed")
+            extra = {"rewind/tools.tar": tools(tmp_path / "tools"), "rewind/settle/steps/settle/01-tools": _TOOLS}
+            settings = replace(settings, run={**settings.run, **extra})
+            built = build_image(
+                plan, ready.guest.tree, ready.template, media=["iso"], folder=tmp_path / "image", settings=settings
+            )
+    with imagery.disk("first", tmp_path / "disk.qcow2") as disk:
+        subprocess.run(["qemu-img", "resize", "-q", disk, "+128M"], check=True)
+        console = settle(target, disk, Medium("iso", built.files["iso"]), tmp_path / "first")
+        said = re.findall(r"rewind: (\S+): (.*?)\r?\n", console)
+        assert ("settle", "done") in said, console[-5000:]
+        assert ("loader", "/dev/sda2 is a new EFI system partition") in said, said
+        assert ("loader", "done") in said and ("initramfs", "done") in said
+        alone = tmp_path / "alone"
+        alone.mkdir()
         proof = boot(target, disk, None, alone, seconds=300)
-    assert proof.up and proof.kernels == [imagery.client.kernel], proof
-    expected = imagery.client.expected["first"]
-    document = proof.document
-    assert document["hostname"] == document["running_hostname"] == "twin"
-    assert document["machine_id"] != expected["machine_id"] and re.fullmatch("[0-9a-f]{32}", document["machine_id"])
-    assert (document["packages"], document["users"]) == (expected["packages"], expected["users"])
-    assert (document["boots"], document["failed"]) == (2, [])
+        has_settled(proof, imagery)
+        assert proof.document["efi"] is True

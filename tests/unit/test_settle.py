@@ -217,6 +217,20 @@ def test_addresses_that_nobody_here_can_change_are_named(root):
     assert any("/etc/netplan/01.yaml" in line for line in done.report)
 
 
+# --- the names of network cards -------------------------------------------------------------------------------------
+
+
+def test_names_that_the_image_gave_stay(root):
+    """P6-24: started by itself the disk has no image to name its cards by."""
+    text = "[Match]\nMACAddress=52:54:00:00:00:01\n\n[Link]\nName=ens3\n"
+    root.write("/run/systemd/network/10-rewind-ens3.link", text)
+    done = root.run(plan(), {"nics": {}}, "settle")
+    assert done.code == 0 and root.read("/etc/systemd/network/10-rewind-ens3.link") == text, done
+    assert "nics: the names are kept: ens3" in done.report
+    again = root.run(plan(), {"nics": {}}, "settle", seed="another image")
+    assert "nics: nothing to do" in again.report
+
+
 # --- the initramfs --------------------------------------------------------------------------------------------------
 
 
