@@ -18,8 +18,8 @@ __all__ = [
     "Branch", "Bucket", "Capture", "CaptureEvent", "CheckSummary", "DaemonEvent", "Diff", "DiffExtent", "DiskBytes",
     "DoctorCheck", "DoctorSummary", "DomainStatus", "Error", "ExitCode", "Export", "Forget", "ForgetSummary", "Gap",
     "Gc", "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved",
-    "ImageRunning", "ImageStarted", "ImageTarget", "ImageTemplate", "ImageVerified", "Initialised",
-    "Key", "Lane", "LastGap", "Mark", "Paused",
+    "ImageRunning", "ImageServed", "ImageStarted", "ImageStreamed", "ImageTarget", "ImageTemplate", "ImageVerified",
+    "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused",
     "Point", "PointsSummary", "Problem", "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted",
     "Span", "Status", "Timeline", "Unprotected", "to_json",
 ]  # fmt: skip
@@ -578,6 +578,40 @@ class ImageRunning(Record):
     phase: str
     done_bytes: int
     total_bytes: int
+    left: tuple[str, ...]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageServed(Record):
+    type = "image-served"
+    name: str
+    point: str
+    target: str
+    mode: str
+    address: str
+    secure: bool
+    folder: Path
+    files: tuple[ImageFile, ...]
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStreamed(Record):
+    type = "image-streamed"
+    name: str
+    point: str
+    target: str
+    mode: str
+    phase: str
+    done_bytes: int
+    total_bytes: int
+    read_bytes: int
+    written_bytes: int
+    boots: int
+    service_seconds: int | None
+    service_read_bytes: int | None
     left: tuple[str, ...]
     error: str
 

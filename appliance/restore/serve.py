@@ -136,8 +136,8 @@ def prepare(home: Home, order: Order, certificates: Mapping[str, bytes]) -> Path
     """The folder of a new session, with its overlays and certificates, but for the control file and the order that
     makes it exist. Raises ToolFailed; the caller removes the folder then."""
     where = folder(home, order.name)
-    where.mkdir(parents=True, mode=0o700)
-    where.parent.chmod(0o700)
+    where.parent.mkdir(mode=0o700, exist_ok=True)
+    where.mkdir(mode=0o700)
     for disk, ref in order.exports.items():
         run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", where / f"{disk}.qcow2", str(ref.size)])
     (where / "tls").mkdir(mode=0o700)

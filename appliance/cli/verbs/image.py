@@ -14,6 +14,7 @@ from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, rate_option
 from appliance.cli.settling import after_options, chosen
 from appliance.cli.text import clock, counted
+from appliance.cli.verbs.streaming import emit_streamed, serve_command
 from appliance.cli.verbs.verification import evidence_command, verify_command
 from appliance.errors import (
     AlreadyExists,
@@ -34,6 +35,7 @@ from appliance.errors import (
     NotRecoverable,
     NotSigned,
     NotSupported,
+    RestoreError,
     TargetExists,
     ToolFailed,
     WrongKey,
@@ -411,38 +413,48 @@ def _start(
 
 @verb("list")
 def _list(context: Context) -> None:
-    """List the domains that were brought up, and how far their disks are."""
-    from appliance.service.image import starting
+    """List the domains and machines that were brought up, and how far their disks are."""
+    from appliance.service.image import starting, streaming
 
     with context.session() as session:
-        found = starting.listing(session)
+        found, served = starting.listing(session), streaming.listing(session)
     for one in found:
         _emit_running(context, one)
-    if not found:
-        context.output.note("no domains were brought up from here; `rewind image start` does it")
+    for machine in served:
+        emit_streamed(context, machine)
+    if not found and not served:
+        context.output.note("nothing was brought up from here; `rewind image start` and `serve` do it")
 
 
-@verb("resume", ConfigError)
+@verb("resume", ConfigError, RestoreError)
 @click.argument("name")
 def _resume(context: Context, name: str) -> None:
-    """Go on filling the disks of a domain that was brought up, after the host was restarted."""
-    from appliance.service.image import starting
+    """Go on filling the disks of a domain or machine that was brought up, after this host was restarted."""
+    from appliance.service.image import starting, streaming
 
-    with context.session() as session:
-        starting.resume(session, name)
-        with context.output.meter(f"disks of {name}") as meter:
+    with context.session() as session, context.output.meter(f"disks of {name}") as meter:
+        if streaming.known(session, name):
+            streaming.resume(session, name)
+            emit_streamed(context, streaming.follow(session, name, meter.update))
+        else:
+            starting.resume(session, name)
             _emit_running(context, starting.follow(session, name, meter.update))
 
 
 @verb("forget", ConnectError)
 @click.argument("name")
-def _forget(context: Context, name: str) -> None:
-    """Forget a domain that was brought up and needs the repository no more, or is gone. The domain stays as it is."""
-    from appliance.service.image import starting
+@click.option("--force", is_flag=True, help="Also a machine that still needs it: what it has written is lost.")
+def _forget(context: Context, name: str, force: bool) -> None:
+    """Forget a domain or machine that was brought up and needs the repository no more, or is gone."""
+    from appliance.service.image import starting, streaming
 
     with context.session() as session:
-        starting.forget(session, name)
-    context.output.emit(records.ImageRemoved("started", name), f"{name} is forgotten")
+        served = streaming.known(session, name)
+        if served:
+            streaming.forget(session, name, force)
+        else:
+            starting.forget(session, name)
+    context.output.emit(records.ImageRemoved("served" if served else "started", name), f"{name} is forgotten")
 
 
 def _emit_running(context: Context, one: Running) -> None:
@@ -463,7 +475,7 @@ for _group, _verbs in (
     (target_command, (_target_add, _target_list, _target_show, _target_remove, _target_profiles, _target_script)),
     (template_command, (_template_build, _template_list, _template_remove)),
     (drivers_command, (_drivers_add, _drivers_list, _drivers_remove)),
-    (image_command, (_plan, _build, _start, _list, _resume, _forget, verify_command, evidence_command)),
+    (image_command, (_plan, _build, _start, serve_command, _list, _resume, _forget, verify_command, evidence_command)),
 ):
     for _one in _verbs:
         _group.add_command(_one)

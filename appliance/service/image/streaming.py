@@ -1,0 +1,276 @@
+"""A machine somewhere boots from a point by an image of ours: no hypervisor of it is known, only its hardware.
+
+serve     an image whose root comes from here, and the session that it belongs to
+follow    until the machine is alone
+listing   all sessions of this home, and how far each is
+resume    the server again, after this host was restarted
+forget    end a session, and drop what its machine has written
+
+What the machine writes until it is alone is in the session (`appliance.restore.serve`), never in the point.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from appliance import nbd
+from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported
+from appliance.extents import Extent
+from appliance.model import Point
+from appliance.process import alone
+from appliance.restore import control, hydrate
+from appliance.restore import serve as server
+from appliance.service.elsewhere import choose, export
+from appliance.service.history import resolve
+from appliance.service.image import drivers, making
+from appliance.service.session import Progress, Session, silent
+from images.build import Built, build_image
+from images.drivers.plan import Options
+from images.stream.layout import Layout, layout_of, plain_layout
+from images.stream.settings import MODULES, Stream, stream_conf, with_stream
+from images.stream.tls import Certificates, make_certificates
+from images.template.settings import settings_for
+
+__all__ = ["Choices", "Served", "Streamed", "follow", "forget", "known", "listing", "resume", "serve"]
+
+_LOOK = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a person may choose. `listen` is where we answer, `ADDRESS:PORT`; `reach` how the machine gets there when
+    that is another one. `own`, `gateway`, `mac`, `local`, `overwrite`, `blank`, `patience` as in
+    `images.stream.settings.Stream`. `insecure`: anybody may read and change what goes over the network."""
+
+    listen: str
+    reach: str = ""
+    mode: Literal["stream", "copy"] = "stream"
+    own: str = "dhcp"
+    gateway: str = ""
+    mac: str = ""
+    local: Mapping[str, str] = field(default_factory=dict)
+    overwrite: bool = False
+    blank: bool = False
+    patience: int = 600
+    insecure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A session that waits for its machine, and the image in `built.folder`, which has its secret."""
+
+    name: str
+    point: str
+    target: str
+    mode: str
+    address: str
+    secure: bool
+    built: Built
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """How far a session is. `phase`: `waiting`, `booting`, `pulling`, `copying`, `done`, `stopped` (nobody serves it).
+    `read_bytes`, `written_bytes` by its machine since it booted; `service_seconds` from its start to the system being
+    up and `service_read_bytes` until then, None before that."""
+
+    name: str
+    point: str
+    target: str
+    mode: str
+    phase: str
+    done_bytes: int
+    total_bytes: int
+    read_bytes: int
+    written_bytes: int
+    boots: int
+    service_seconds: int | None
+    service_read_bytes: int | None
+    left: tuple[str, ...]
+    error: str
+
+
+def serve(
+    session: Session, domain: str, when: str, target: str, name: str, folder: Path, media: Sequence[str],
+    choices: Choices, *, template: str = "", keys: Sequence[bytes] = (),
+) -> Served:  # fmt: skip
+    """Build the image of DOMAIN's point for `target` into `folder` and serve its root.
+
+    Raises AlreadyExists (the name, the folder), ConfigError for choices that make no sense, NotSupported for a client
+    whose own initrd has to find its root, or whose root cannot be streamed; RestoreError when the server does not
+    start; and as `making.build`. Nothing is left then.
+    """
+    began = time.monotonic()
+    point = resolve(session, domain, when)
+    identity = f"rewind-{uuid.uuid4().hex[:16]}"
+    certificates = Certificates({}, {}) if choices.insecure else make_certificates(identity)
+    host, port = _place(choices.listen, "--listen")
+    order = server.Order(
+        name, identity, str(uuid.uuid4()), point.id, target, session.spec.to_json(),
+        {one.disk: one.map for one in choose(point, ())}, host, port, not choices.insecure, choices.mode,
+        os.path.abspath(folder),
+    )  # fmt: skip
+    with _name(session, name), ExitStack() as undo, session.repository.session(f"{domain}, to be served as {name}"):
+        planned, built = _build(
+            session, point, target, Path(order.image), media, choices, order, certificates, template, keys
+        )  # fmt: skip
+        undo.callback(shutil.rmtree, order.image, ignore_errors=True)
+        undo.callback(server.tidy, session.home, name)
+        where = server.prepare(session.home, order, certificates.server)
+        control.create(where / control.CONTROL, _extents(session, point) if choices.mode == "copy" else {})
+        server.launch(session.home, order, session.settings_file)
+        undo.pop_all()
+    return Served(
+        name, point.id, target, choices.mode, f"{host}:{port}", order.tls, built, time.monotonic() - began,
+        (*planned.plan.warnings, *_warnings(choices)),
+    )  # fmt: skip
+
+
+@contextmanager
+def _name(session: Session, name: str) -> Iterator[None]:
+    """The name is free, and nobody else takes it meanwhile."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
+        raise ConfigError(reason=f"{name!r} cannot be the name of a session", hint="letters, digits, `-`, `_`, `.`")
+    where = server.folder(session.home, name)
+    where.parent.mkdir(exist_ok=True, mode=0o700)
+    with alone(where.parent / f".{name}.lock") as first:
+        if not first:
+            raise Locked(url=f"the name {name!r}", holder="another `rewind image serve`", hint="wait for its end")
+        if server.load(session.home, name) or hydrate.load(session.home, name):
+            raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
+        shutil.rmtree(where, ignore_errors=True)  # of one that did not get as far as an order
+        yield
+
+
+def _build(
+    session: Session, point: Point, target: str, folder: Path, media: Sequence[str], choices: Choices,
+    order: server.Order, certificates: Certificates, template: str, keys: Sequence[bytes],
+) -> tuple[making.Planned, Built]:  # fmt: skip
+    options = Options(stream=True, extra=MODULES)
+    with making.prepared(session, point.domain_uuid, point.id, target, template, keys, options) as ready:
+        plan = ready.planned.plan
+        if plan.mode != "template":
+            raise NotSupported(
+                object=f"{plan.client.host!r}", reason="its own initrd has to find its root, and knows nothing of ours"
+            )
+        sizes = {one.disk: one.size for one in choose(point, ())}
+        layout = plain_layout(sizes) if choices.mode == "copy" else layout_of(plan.client, ready.guest.volumes, sizes)
+        stream = _stream(choices, order, layout, certificates.client)
+        stream_conf(stream)  # refuses before anything is written
+        built = build_image(
+            plan, ready.guest.tree, ready.template, media=media, folder=folder,
+            settings=with_stream(settings_for(plan), stream),
+            driver_store=drivers.reader(ready.store, plan.client.release),
+        )  # fmt: skip
+        folder.chmod(0o700)  # the session's secret is in it
+        return ready.planned, built
+
+
+def _stream(choices: Choices, order: server.Order, layout: Layout, certificates: Mapping[str, bytes]) -> Stream:
+    address, port = _place(choices.reach or choices.listen, "--reach")
+    if address == "0.0.0.0":
+        raise ConfigError(reason="no machine can reach 0.0.0.0", hint="--reach says how it gets here")
+    return Stream(
+        order.session, address, port, layout, choices.mode, choices.own, choices.gateway, choices.mac,
+        choices.patience, local=choices.local, overwrite=choices.overwrite, blank=choices.blank, tls=certificates,
+    )  # fmt: skip
+
+
+def _place(text: str, option: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    try:
+        address = str(ipaddress.IPv4Address(host))
+    except ValueError as error:
+        raise ConfigError(reason=f"{option}: {text!r} is no IPv4 address and port", hint="10.0.0.5:10809") from error
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(reason=f"{option}: {port!r} is no port", hint="10.0.0.5:10809")
+    return address, int(port)
+
+
+def _extents(session: Session, point: Point) -> dict[str, Iterable[Extent]]:
+    """What has data on the disks that are to be copied."""
+    found: dict[str, Iterable[Extent]] = {}
+    with export(session, point.domain_uuid, point.id) as served:
+        for disk in served.disks:
+            with nbd.connect(served.servers[0].socket, disk.disk) as connection:
+                found[disk.disk] = connection.extents(0, connection.size())
+    return found
+
+
+def _warnings(choices: Choices) -> list[str]:
+    if choices.insecure:
+        return ["the link is not encrypted: anybody on the way can read and change the disks"]
+    return ["the image has the secret of this session: whoever has it can read and write what is served"]
+
+
+# --- afterwards -----------------------------------------------------------------------------------------------------
+
+
+def known(session: Session, name: str) -> bool:
+    """Whether there is a session of that name."""
+    return server.load(session.home, name) is not None
+
+
+def listing(session: Session) -> list[Streamed]:
+    """All sessions of this home that are not forgotten."""
+    return [_streamed(session, name) for name in server.names(session.home)]
+
+
+def follow(session: Session, name: str, progress: Progress = silent) -> Streamed:
+    """Until the machine is alone, or nobody serves it any more. Raises ConfigError for an unknown name."""
+    while True:
+        found = _streamed(session, name)
+        progress(found.done_bytes, found.total_bytes, f"{name}: {found.phase}")
+        if found.phase in ("done", "stopped"):
+            return found
+        time.sleep(_LOOK)
+
+
+def resume(session: Session, name: str) -> None:
+    """Serve again, after this host was restarted or the server died: the machine waits for it, or is booted again.
+    Raises ConfigError for an unknown name, RestoreError as `serve.launch`."""
+    order = server.load(session.home, name)
+    if order is None:
+        raise _unknown(name)
+    if _streamed(session, name).phase == "stopped":
+        server.launch(session.home, order, session.settings_file)
+
+
+def forget(session: Session, name: str, force: bool = False) -> None:
+    """End a session. Raises ConfigError for an unknown name, and unless `force` for a machine that is not alone yet:
+    what it has written would be lost."""
+    found = _streamed(session, name)
+    if found.boots and found.phase != "done" and not force:
+        reason = f"the machine of {name!r} still needs it, and what it has written is nowhere else"
+        raise ConfigError(reason=reason, hint="wait until `rewind image list` says done, or add --force")
+    server.tidy(session.home, name)
+
+
+def _streamed(session: Session, name: str) -> Streamed:
+    order, state = server.load(session.home, name), server.state(session.home, name)
+    if order is None:
+        raise _unknown(name)
+    phase = server.phase_of(session.home, name)
+    service = state.get("service") or [None, None]
+    total = sum(ref.size for ref in order.exports.values())
+    return Streamed(
+        name, order.point, order.target, order.mode, phase, total if phase == "done" else int(state.get("done", 0)),
+        total, int(state.get("read", 0)), int(state.get("written", 0)), int(state.get("boots", 0)), service[0],
+        service[1], () if phase == "done" else tuple(order.exports), str(state.get("error", "")),
+    )  # fmt: skip
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(reason=f"nothing is served as {name!r} from here", hint="`rewind image list` lists what is")
