@@ -20,6 +20,7 @@ _OPTIONS = (
     click.option("--identity", type=click.Choice(["keep", "new"]), default="keep", show_default=True,
                  help="New: host name, machine id, SSH host keys and addresses (by DHCP) of its own."),
     click.option("--host-name", default="", metavar="NAME", help="Its host name instead of the old one."),
+    click.option("--grow", is_flag=True, help="Its root takes the room that a larger disk has."),
 )  # fmt: skip
 
 
@@ -27,8 +28,8 @@ def after_options(function: _F) -> Callable[..., Any]:
     """The function gets `after`, for `chosen`."""
 
     @functools.wraps(function)
-    def call(*args: Any, settle: bool, identity: str, host_name: str, **rest: Any) -> Any:
-        return function(*args, after=(settle, identity, host_name), **rest)
+    def call(*args: Any, settle: bool, identity: str, host_name: str, grow: bool, **rest: Any) -> Any:
+        return function(*args, after=(settle, identity, host_name, grow), **rest)
 
     wrapped: Callable[..., Any] = call
     for option in reversed(_OPTIONS):
@@ -36,7 +37,7 @@ def after_options(function: _F) -> Callable[..., Any]:
     return wrapped
 
 
-def chosen(after: tuple[bool, Any, str]) -> After:
+def chosen(after: tuple[bool, Any, str, bool]) -> After:
     """Imported when it is used: a help text needs none of it."""
     from images.settle.choice import After
 

@@ -1,4 +1,4 @@
-"""What a person chooses of the steps: `--settle`, `--identity`, `--host-name`."""
+"""What a person chooses of the steps: `--settle`, `--identity`, `--host-name`, `--grow`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ __all__ = ["After", "with_steps"]
 class After:
     """What is to become of a client once it runs. `settle`: its disk starts by itself. `identity`: `new` gives it a
     host name, a machine id, SSH host keys and addresses of its own. `host_name`: the new one; empty for one that is
-    made from the old one."""
+    made from the old one. `grow`: the root takes the room of a larger disk."""
 
     settle: bool = False
     identity: Literal["keep", "new"] = "keep"
     host_name: str = ""
+    grow: bool = False
 
     def named(self, name: str) -> After:
         """With that host name where a new one is wanted and none was chosen, if a host may be called so."""
@@ -44,6 +45,8 @@ class After:
             chosen |= {"ssh-keys": {}, "addresses": {}}
         if self.settle:
             chosen |= {"nics": {}, "initramfs": {}, "loader": {}}
+        if self.grow:
+            chosen["grow"] = {}
         return chosen
 
 

@@ -61,22 +61,25 @@ def has_settled(proof, imagery):
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_disk_boots_by_itself_on_its_new_hardware(imagery, tmp_path):
-    """P6-19, P6-24: the client's own tool makes an initramfs for this controller, `MODULES=dep` as it is set; the disk
-    then needs no image, and has the new identity. The control is test_clients: as it was it does not boot there."""
+    """P6-18, P6-19, P6-24: the client's own tool makes an initramfs for this controller, `MODULES=dep` as it is set;
+    the disk then needs no image, and has the new identity and all of the larger disk. The control is test_clients: as
+    it was it does not boot there."""
     target = TARGETS["ahci-e1000e-bios"]
     imagery.add_target(target)
     words = ("--at", imagery.points["first"], "--target", target.name, "--into", tmp_path / "image")
     (built,) = imagery.rewind(
-        "image", "build", imagery.name, *words, "--settle", "--identity", "new", "--host-name", "twin"
+        "image", "build", imagery.name, *words, "--settle", "--identity", "new", "--host-name", "twin", "--grow"
     )
     (iso,) = [one["path"] for one in built["files"] if one["name"] == "iso"]
     with imagery.disk("first", tmp_path / "disk.qcow2") as disk:
+        subprocess.run(["qemu-img", "resize", "-q", disk, "+128M"], check=True)
         console = settle(target, disk, Medium("iso", iso), tmp_path / "first")
         said = re.findall(r"rewind: (\S+): (.*?)\r?\n", console)
         assert ("settle", "done") in said, console[-5000:]
         assert {("initramfs", "done"), ("host-name", "done"), ("nics", "done")} <= set(said)
         assert any(step == "initramfs" and "ahci" in text for step, text in said), said
         assert ("loader", "/dev/sda has GRUB in its first sector: it starts by itself") in said
+        assert ("grow", "the root has 128 MiB more") in said
         alone = tmp_path / "alone"
         alone.mkdir()
         has_settled(boot(target, disk, None, alone, seconds=300), imagery)
@@ -114,6 +117,7 @@ def test_a_disk_of_a_bios_gets_what_uefi_starts(imagery, tmp_path):
         subprocess.run(["qemu-img", "resize", "-q", disk, "+128M"], check=True)
         console = settle(target, disk, Medium("iso", built.files["iso"]), tmp_path / "first")
         said = re.findall(r"rewind: (\S+): (.*?)\r?\n", console)
+        print(*said, sep="\n")
         assert ("settle", "done") in said, console[-5000:]
         assert ("loader", "/dev/sda2 is a new EFI system partition") in said, said
         assert ("loader", "done") in said and ("initramfs", "done") in said

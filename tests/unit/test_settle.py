@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -398,7 +399,92 @@ def test_an_esp_that_firmware_starts_is_left_alone(uefi):
 
 def test_without_an_esp_and_room_the_boot_volume_stays(uefi):
     uefi.program("lsblk", 'case "$*" in *NAME,PARTTYPE*) ;; *NAME,TYPE*) echo sda disk ;; *) echo dos ;; esac')
-    uefi.program("sfdisk", "echo Sectors; echo 2000")
+    uefi.program("sfdisk", "echo Start End Sectors Size; echo 4194304 4196303 2000 1M")
     uefi.write("/usr/lib/grub/x86_64-efi/modinfo.sh", "")
     done = loaded(uefi, Firmware.UEFI)
     assert done.code == 0 and "no EFI system partition and no room for one" in done.report[0], done
+
+
+def test_a_partition_that_cannot_be_used_leaves_the_table_as_it_was(uefi):
+    """P6-18: the new ESP has no file system in the end: nobody must find it."""
+    uefi.write("/usr/lib/grub/x86_64-efi/modinfo.sh", "")
+    uefi.path("/boot/efi/EFI/debian/grubx64.efi").unlink()
+    device = uefi.path("/dev/sda")
+    with device.open("r+b") as file:
+        file.truncate(160 << 20)
+    table = "label: dos\nstart=2048, size=20480, type=83, bootable\n"
+    subprocess.run(["sfdisk", "-q", device], input=table, text=True, check=True)
+    before = device.read_bytes()[:512]
+    uefi.program("lsblk", (
+        'case "$*" in *NAME,PARTTYPE*) ;; *-nrso*) echo sda1 part; echo sda disk ;; '
+        "*NAME,TYPE*) echo /dev/sda1 part ;; *PTTYPE*) echo dos ;; esac"
+    ))  # fmt: skip
+    uefi.program("partx", "")
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 1 and "the partition table of /dev/sda is as before" in done.report[0], done
+    assert device.read_bytes()[:512] == before
+
+
+# --- a larger disk --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def larger(disk):
+    """sda is 64 MiB, and sda1, the root, the first 10 of them. The kernel takes what partx tells it."""
+    device = disk.path("/dev/sda")
+    with device.open("r+b") as file:
+        file.truncate(64 << 20)
+    table = "label: gpt\nstart=2048, size=20480\n"
+    subprocess.run(["sfdisk", "-q", device], input=table, text=True, check=True)
+    with device.open("r+b") as file:
+        file.truncate(128 << 20)
+    for name, text in (("sda1/size", "20480"), ("sda1/partition", "1"), ("sda/size", str(2 * 128 << 10))):
+        disk.write(f"/sys/class/block/{name}", f"{text}\n")
+    disk.write("/sys/class/block/sda1/start", "2048\n")
+    disk.program("lsblk", (
+        'case "$*" in *NAME,TYPE*) echo sda1 part; echo sda disk ;; *TYPE*) '
+        'case "$*" in *PTTYPE*) echo gpt ;; *) echo part; echo disk ;; esac ;; esac'
+    ))  # fmt: skip
+    disk.program("findmnt", 'case "$*" in *FSTYPE*) echo ext4 ;; *) echo /dev/sda1 ;; esac')
+    disk.program("partx", "sfdisk -d /dev/sda | sed -n 's/.*size= *\\([0-9]*\\).*/\\1/p' >/sys/class/block/sda1/size")
+    disk.program("resize2fs", "echo $* >/calls")
+    return disk
+
+
+def grown(root):
+    return root.run(plan(), {"grow": {}}, "settle")
+
+
+def test_the_root_takes_the_room_of_a_larger_disk(larger):
+    """P6-18: of a GPT too, whose second table lies where the smaller disk ended."""
+    done = grown(larger)
+    assert done.code == 0 and larger.read("/calls") == "/dev/sda1\n", done
+    assert int(larger.read("/sys/class/block/sda1/size")) > 250_000
+    assert any("MiB more" in line for line in done.report)
+    subprocess.run(["sfdisk", "-q", "--verify", larger.path("/dev/sda")], check=True)
+
+
+def test_a_table_that_the_kernel_does_not_take_is_put_back(larger):
+    larger.program("partx", "exit 1")
+    before = subprocess.run(["sfdisk", "-d", larger.path("/dev/sda")], capture_output=True, check=True).stdout
+    done = grown(larger)
+    assert done.code == 1 and "the partition table of /dev/sda is as before" in done.report[0], done
+    after = subprocess.run(["sfdisk", "-d", larger.path("/dev/sda")], capture_output=True, check=True).stdout
+    assert [line for line in after.splitlines() if b"start=" in line] == [
+        line for line in before.splitlines() if b"start=" in line
+    ]
+    assert not larger.path("/calls").exists()
+
+
+def test_a_disk_that_is_full_has_no_room(larger):
+    larger.write("/sys/class/block/sda/size", "30000\n")
+    done = grown(larger)
+    assert done.code == 0 and "grow: nothing to do" in done.report
+
+
+def test_a_root_that_is_not_the_last_does_not_grow(larger):
+    larger.write("/sys/class/block/sda/sda2/start", "50000\n")
+    larger.write("/sys/class/block/sda2/start", "50000\n")
+    larger.write("/sys/class/block/sda2/size", "1000\n")
+    done = grown(larger)
+    assert done.code == 0 and "grow: left as it was" in done.report, done

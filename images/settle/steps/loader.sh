@@ -117,7 +117,10 @@ copied() {
 # An EFI system partition in the room that the disk has left. The table as it was is kept, and put back if it fails.
 # Sets `partition`.
 new_esp() {
-    room=$(sfdisk -qF -o Sectors "/dev/$disk" 2>/dev/null | awk 'NR > 1 && $1 > most { most = $1 } END { print most + 0 }')
+    room=$(sfdisk -qF "/dev/$disk" 2>/dev/null | awk '
+        NR == 1 { for (i = 1; i <= NF; i++) if ($i == "Sectors") column = i }
+        NR > 1 && column && $column > most { most = $column }
+        END { print most + 0 }')
     [ "$room" -ge 133120 ] || stays "/dev/$disk has no EFI system partition and no room for one"
     case $table in
         gpt) kind=C12A7328-F81F-11D2-BA4B-00A0C93EC93B ;;
