@@ -53,13 +53,6 @@ def proves(imagery, target, instant, folder):
     return built
 
 
-@pytest.mark.timeout(200)
-def test_a_point_boots_on_other_hardware(imagery, tmp_path):
-    """P6-07 to P6-15, P6-27, I1, one cell of the matrix: exactly one kernel, the client's own; its state is that of the
-    point."""
-    proves(imagery, TARGETS["nvme-vmxnet3-uefi"], "second", tmp_path)
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("imagery", ["mbr", "dracut"], indirect=True)
