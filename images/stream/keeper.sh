@@ -169,7 +169,7 @@ put_path() { # map, device
 watch_link() { # map, device, process of the client
     failed=''
     while kill -0 "$3" 2>/dev/null && [ -e "/sys/block/$2/pid" ]; do
-        case $(x dmsetup status "$1") in
+        case $(x dmsetup status "$1" 2>/dev/null) in
             *" F "*)
                 [ -n "$failed" ] || failed=$(now)
                 [ $(($(now) - failed)) -lt "$RWS_PATIENCE" ] || give_up "$1" "the server cannot read or write"

@@ -6,7 +6,7 @@
         machine.wait_for(r"alone")
 
 The init keeps writing files and says of each `wrote NAME MD5` once it is on the disk; it ends with `end` when its disk
-is its own (or at once with `client.once`), and on every start says `found NAME MD5` of all that it finds.
+is its own, and on every start says `found NAME MD5` of all that it finds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import subprocess
 import tempfile
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 
 from appliance import nbd
@@ -49,7 +48,6 @@ exec >/dev/ttyS1 2>&1
 export PATH=/bin
 /bin/busybox mount -o remount,rw / || echo "remount: failed"
 /bin/busybox --install -s /bin
-read -r line </proc/cmdline
 echo "root: $(grep ' / ' /proc/mounts | tail -n 1)"
 for nic in /sys/class/net/*; do echo "nic: ${nic##*/}"; done
 mkdir -p /work
@@ -57,7 +55,8 @@ for file in /work/*; do [ ! -f "$file" ] || echo "found ${file##*/} $(md5sum <"$
 echo up
 touch /run/rewind/booted 2>/dev/null
 number=$(ls /work | wc -l)
-while case $line in *client.once*) false ;; *) [ ! -e /run/rewind/gone ] ;; esac; do
+least=$((number + 3))
+while [ "$number" -lt "$least" ] || [ ! -e /run/rewind/gone ]; do
     number=$((number + 1))
     dd if=/dev/urandom of=/work/$number bs=16k count=4 2>/dev/null && sync || echo "write of $number: failed"
     sum=$(md5sum </work/$number | cut -d' ' -f1)
@@ -144,11 +143,10 @@ class Source:
         serve.launch(self.home, self.order)
         root = Part("vda1", 1, _ROOT_OFFSET, _ROOT_BYTES)
         layout = Layout((Disk("vda", DISK_BYTES, (root,)),), "/dev/mapper/rewind-vda1")
-        stream = Stream(session, "10.0.2.2", port, layout, mode, "10.0.2.16/24", tls=certificates.client,
-                        **{"timeout": 10, "region": 1024, **options})  # fmt: skip
+        told = {"own": "10.0.2.16/24", "timeout": 10, "region": 1024, **options}
+        stream = Stream(session, "10.0.2.2", port, layout, mode, tls=certificates.client, **told)
         client = imagekit.client()
         plan = imagekit.plan(client, imagekit.inventory(Firmware.BIOS), "nvme", "e1000e", "nbd", *MODULES)
-        plan = replace(plan, command_line=plan.command_line + " rewind.test")
         settings = with_stream(Settings(linger_seconds=2), stream)
         built = build_image(
             plan, client.tree(), imagekit.template(), media=["iso"], folder=folder, settings=settings
