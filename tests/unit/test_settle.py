@@ -482,9 +482,8 @@ def test_a_disk_that_is_full_has_no_room(larger):
     assert done.code == 0 and "grow: nothing to do" in done.report
 
 
-def test_a_root_that_is_not_the_last_does_not_grow(larger):
-    larger.write("/sys/class/block/sda/sda2/start", "50000\n")
-    larger.write("/sys/class/block/sda2/start", "50000\n")
-    larger.write("/sys/class/block/sda2/size", "1000\n")
+def test_a_root_grows_as_far_as_the_next_partition(larger):
+    larger.write("/sys/class/block/sda/sda2/start", "24000\n")
     done = grown(larger)
-    assert done.code == 0 and "grow: left as it was" in done.report, done
+    assert done.code == 0 and "grow: nothing to do" in done.report, done
+    assert not larger.path("/calls").exists()

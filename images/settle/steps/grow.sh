@@ -1,7 +1,9 @@
 #!/bin/sh
 # shellcheck disable=SC2015 # whatever fails of it, the step has failed
-# The last partition of the root's disk ends where the disk does, then what is on it does. After the boot loader's step,
-# which may need some of that room for itself. The table as it was is kept, and put back if the kernel does not take it.
+# The root's partition takes the room behind it, up to the next one or the end of the disk, then so does what is on it.
+# After the boot loader's step, which may need some of that room for itself. The table as it was is kept, and put back if
+# the kernel does not take the new one.
+has sfdisk || leave "the guest has no sfdisk (fdisk)"
 disk=$(disks_below /)
 [ -n "$disk" ] && [ "$(printf '%s\n' "$disk" | wc -l)" = 1 ] || leave "the root is not on one disk alone"
 source=$(findmnt -nvo SOURCE --target /)
@@ -16,14 +18,15 @@ here=/sys/class/block
 # Where a partition ends, in sectors.
 end() { echo $(($(cat "$here/$1/start") + $(cat "$here/$1/size"))); }
 
-for other in "$here/$disk/$disk"*/start; do
-    other=${other%/start}
-    [ "$(end "${other##*/}")" -le "$(end "$partition")" ] || leave "/dev/$partition is not the last one of /dev/$disk"
-done
-room=$(($(cat "$here/$disk/size") - $(end "$partition")))
-# Less than 16 MiB are the rest of an alignment.
-[ "$room" -ge 32768 ] || nothing "/dev/$partition ends where /dev/$disk does"
 before=$(end "$partition")
+limit=$(cat "$here/$disk/size")
+for start in "$here/$disk/$disk"*/start; do
+    start=$(cat "$start")
+    if [ "$start" -ge "$before" ] && [ "$start" -lt "$limit" ]; then limit=$start; fi
+done
+room=$((limit - before))
+# Less than 16 MiB are the rest of an alignment.
+[ "$room" -ge 32768 ] || nothing "there is no room behind /dev/$partition"
 mkdir -p "$RW_STATE/before" && sfdisk -d "/dev/$disk" >"$RW_STATE/before/$disk.grow" ||
     fail "the partition table of /dev/$disk cannot be kept"
 
@@ -40,7 +43,8 @@ printf ', +\n' >"$RW_HERE/grown"
 try sfdisk -q --no-reread --no-tell-kernel -N "$(cat "$here/$partition/partition")" "/dev/$disk" <"$RW_HERE/grown" ||
     table_back
 partx -u "/dev/$disk" 2>/dev/null || :
-[ "$(end "$partition")" -gt "$before" ] || table_back
+room=$(($(end "$partition") - before))
+[ "$room" -gt 0 ] || table_back
 case $kinds in
     lvm*)
         try pvresize "/dev/$partition" || fail "/dev/$partition is larger, and its physical volume is not"

@@ -76,7 +76,8 @@ uefi() {
     partition=$(esp)
     if [ -z "$partition" ]; then
         programs || stays "the guest has no GRUB for UEFI (grub-efi-amd64-bin), and its disk no EFI system partition"
-        has mkfs.vfat || stays "the guest has no mkfs.vfat (dosfstools) to make an EFI system partition with"
+        has mkfs.vfat && has sfdisk ||
+            stays "the guest has no mkfs.vfat (dosfstools) or sfdisk (fdisk) to make an EFI system partition with"
         new_esp
     fi
     reach "$partition" || stays "$partition cannot be mounted"
@@ -114,23 +115,21 @@ copied() {
     return 1
 }
 
-# An EFI system partition in the room that the disk has left. The table as it was is kept, and put back if it fails.
-# Sets `partition`.
+# An EFI system partition at the end of the room that the disk has left. The table as it was is kept, and put back if it
+# fails. Sets `partition`.
 new_esp() {
-    room=$(sfdisk -qF "/dev/$disk" 2>/dev/null | awk '
-        NR == 1 { for (i = 1; i <= NF; i++) if ($i == "Sectors") column = i }
-        NR > 1 && column && $column > most { most = $column }
-        END { print most + 0 }')
-    [ "$room" -ge 133120 ] || stays "/dev/$disk has no EFI system partition and no room for one"
     case $table in
         gpt) kind=C12A7328-F81F-11D2-BA4B-00A0C93EC93B ;;
         dos) kind=ef ;;
         *) stays "/dev/$disk has no partition table" ;;
     esac
+    room || stays "/dev/$disk has no EFI system partition and no room for one"
     mkdir -p "$RW_STATE/before" && sfdisk -d "/dev/$disk" >"$RW_STATE/before/$disk.table" ||
         fail "the partition table of /dev/$disk cannot be kept"
     old=$(lsblk -nrpo NAME,TYPE "/dev/$disk" | awk '$2 == "part" { print $1 }')
-    printf 'size=64MiB, type=%s\n' "$kind" >"$RW_HERE/new"
+    [ "$table" != gpt ] || try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
+    room || table_back
+    printf 'start=%s, size=131072, type=%s\n' "$(((last + 1 - 131072) / 2048 * 2048))" "$kind" >"$RW_HERE/new"
     try sfdisk -q --append --no-reread --no-tell-kernel "/dev/$disk" <"$RW_HERE/new" || table_back
     partx -u "/dev/$disk" 2>/dev/null || partx -a "/dev/$disk" 2>/dev/null || :
     if has udevadm; then udevadm settle --timeout=30; fi
@@ -140,6 +139,16 @@ new_esp() {
     [ -n "$partition" ] && [ -b "$partition" ] || table_back
     try mkfs.vfat -F 32 -n ESP "$partition" || table_back
     say "$partition is a new EFI system partition"
+}
+
+# Whether there are 65 MiB in a row; sets `last`, the last sector of the largest room.
+room() {
+    sfdisk -qF "/dev/$disk" 2>/dev/null | awk '
+        NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
+        NR > 1 && $column["Sectors"] > most { most = $column["Sectors"]; last = $column["End"] }
+        END { print most + 0, last + 0 }' >"$RW_HERE/room"
+    read -r most last <"$RW_HERE/room"
+    [ "$most" -ge 133120 ]
 }
 
 table_back() {
