@@ -240,7 +240,8 @@ def test_a_full_spool_refuses_at_once_and_says_so(tmp_path):
         assert tap.control.status().state == "full" and tap.control.status().reason
         tap.control.mark("there is room for a mark")
         tap.control.seal()
-        tap.control.forget(status.last)
+        # Also the mark: a journal that had no processor has all of this in one segment.
+        tap.control.forget(tap.control.status().last)
         deadline = time.monotonic() + 60
         while tap.control.status().state != "ok":
             assert time.monotonic() < deadline
