@@ -6,6 +6,7 @@
     revert   the running domain back to a point, by moving only what differs
     fence    nobody starts a domain whose disk is half-way
     keeper   keeps a revert's view alive
+    rehearsal   a machine on throw-away layers over a view: a test boot
 
 Modules are imported by name.
 """
