@@ -196,7 +196,7 @@ def pieces(tmp_path, *extents):
 
 
 def test_pieces_cover_the_disk(tmp_path):
-    """Each byte of the disk once; small holes go along, long pieces are cut: a machine tells after each how far it is."""
+    """Each byte of the disk once; small holes go along; long pieces are cut, for progress is told after each."""
     small, last = Extent(200 * MIB, 65536, True), Extent(201 * MIB + 65536, 10 * MIB, True)
     found = pieces(tmp_path, Extent(0, 200 * MIB), small, Extent(200 * MIB + 65536, MIB), last)
     assert [offset for offset, _, _ in found] == [0, 64 * MIB, 128 * MIB, 192 * MIB, 201 * MIB + 65536]

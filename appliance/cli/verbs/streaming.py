@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["emit_streamed", "serve_command"]
 
 _POINT = (NotProtected, NoSuchPoint, AmbiguousPoint, InGap, NotRecoverable, WrongKey, GuestUnreadable)
-_PATIENCE = 600.0
+_PATIENCE = 600
 
 
 def _local(_ctx: click.Context, _param: click.Parameter, values: Any) -> dict[str, str]:
@@ -71,13 +71,12 @@ def _local(_ctx: click.Context, _param: click.Parameter, values: Any) -> dict[st
               help="Put DISK on this local disk: its node, or a part of its serial number.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Also local disks that are not empty: their content is lost.")
 @click.option("--blank", is_flag=True, help="A promise that local disks read as zeros: less is written to them.")
-@duration_option("--patience", default=_PATIENCE,
-                 text="How long its reads and writes wait while nobody answers (default 10m).")  # fmt: skip
+@duration_option("--patience", text="How long its reads and writes wait while nobody answers (default 10m).")
 @click.option("--insecure", is_flag=True, help="No encryption, and whoever connects may read and write.")
 @click.option("--background", is_flag=True, help="Return as soon as it is served.")
 def serve_command(
     context: Context, domain: str, when: str, target: str, folder: Path, name: str | None, media: str, template: str,
-    stream: bool, background: bool, patience: float, **choices: Any,
+    stream: bool, background: bool, patience: float | None, **choices: Any,
 ) -> None:  # fmt: skip
     """Let a machine boot DOMAIN as of WHEN, whatever it is: nothing of it is known but its hardware.
 
@@ -88,7 +87,7 @@ def serve_command(
     from appliance.service.image import streaming
 
     wanted = [one.strip() for one in media.split(",") if one.strip()]
-    chosen = streaming.Choices(mode="stream" if stream else "copy", patience=int(patience), **choices)
+    chosen = streaming.Choices(mode="stream" if stream else "copy", patience=int(patience or _PATIENCE), **choices)
     with context.session() as session:
         made = streaming.serve(
             session, domain, when, target, name or target, folder, wanted, chosen, template=template
