@@ -11,6 +11,7 @@ import lzma
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -449,3 +450,39 @@ def test_a_stored_file_that_was_changed_is_not_used(kernels, generic, tmp_path):
     kept.write_bytes(b"something else")
     with pytest.raises(DriversRefused, match="was changed after it was added"):
         store.read(generic.release, added.name, decision.path)
+
+
+@pytest.fixture
+def short():
+    """A home's path may have 50 bytes: sockets lie below it."""
+    with tempfile.TemporaryDirectory(prefix="rw") as folder:
+        yield Path(folder)
+
+
+def test_drivers_are_kept_in_the_repository(kernels, short):
+    """P6-22, I3: another home that joins the repository has them too; what one removes, the other has no more."""
+    from appliance.config import Home
+    from appliance.service import Session
+    from appliance.service.image import drivers
+    from appliance.service.setup import init
+
+    (module,) = kernels["generic"].glob("**/megaraid_sas.ko*")
+    release = kernels["generic"].name
+    homes = [Home(short / name) for name in ("one", "two")]
+    with Session(homes[0]) as session:
+        init(session, str(short / "repo"), encrypt=False)
+        kept = drivers.add(session, module)
+        assert drivers.add(session, module) == kept
+    with Session(homes[1]) as session:
+        init(session, str(short / "repo"), encrypt=False)
+        assert drivers.listing(session) == [kept] == drivers.listing(session, release)
+        assert drivers.listing(session, "5.0") == []
+        store = drivers.store_for(session, release)
+        (path,) = [one.path for table in store.tables(release) for one in table.modules.values()]
+        assert store.read(release, kept.name, path) == module.read_bytes()
+    with Session(homes[0]) as session:
+        drivers.remove(session, kept.name)
+        with pytest.raises(NoSuchDrivers):
+            drivers.remove(session, kept.name)
+    with Session(homes[1]) as session:
+        assert drivers.store_for(session, release).list(release) == ()

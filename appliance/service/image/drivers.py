@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from appliance.errors import IntegrityError
 from appliance.service.image.shelf import Shelf
 from appliance.service.session import Session
 from images.drivers.store import Drivers, DriverStore, NoSuchDrivers
@@ -20,11 +21,15 @@ _KIND = "drivers"
 
 
 def add(session: Session, path: Path, release: str = "") -> Drivers:
-    """Take the modules of a folder, a .deb, an .rpm or one module. Raises DriversRefused, GuestUnreadable, and what the
+    """Take the modules of a folder, a .deb, an .rpm or one module; the same again is what is there.
+
+    Raises DriversRefused, GuestUnreadable, and what the
     store raises; nothing is kept then."""
     scratch = Path(tempfile.mkdtemp(prefix=".add-", dir=_made(session.home.cache / _KIND)))
     try:
         entry = DriverStore(scratch).add(path, release=release)
+        if known := [one for one in listing(session) if one.digest == entry.digest]:
+            return known[0]
         file = scratch / "file"
         with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as archive:
             archive.add(scratch / entry.release / entry.name, arcname=".")
@@ -71,11 +76,25 @@ def _unpack(file: Path, where: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=_made(where.parent)))
     try:
         with tarfile.open(file) as archive:
-            archive.extractall(scratch, filter="data")
+            for member in archive:
+                _put(archive, member, scratch)
         scratch.chmod(0o755)
         scratch.rename(where)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Files of the entry alone; not every Python that we run on can be told to take no others."""
+    content = archive.extractfile(member) if member.isfile() else None
+    name = member.name.removeprefix("./")
+    if content is None:
+        return
+    if name.startswith("/") or ".." in name.split("/"):
+        raise IntegrityError(object=f"driver package {folder.name}", reason=f"{name!r} leads out of it")
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content.read())
 
 
 def _made(folder: Path) -> Path:
