@@ -218,7 +218,8 @@ class _Journal:
     def _refuse_fast_commits(self, next_sequence: int) -> None:
         """They hold single operations on inodes, which only the kernel and e2fsck know how to do again."""
         if self._fast:
-            tag, _, _, sequence = struct.unpack_from("<HHII", self._raw(self._end))
+            # jbd2 leaves one block out: j_fc_first is j_last + 1.
+            tag, _, _, sequence = struct.unpack_from("<HHII", self._raw(self._end + 1))
             if tag == _FAST_HEAD and sequence == next_sequence & 0xFFFFFFFF:
                 raise Unsupported(what=self._name, reason="it has fast commits")
 

@@ -1,14 +1,16 @@
 """The ext4 reader against what mkfs wrote, the walker's paths, and what it refuses."""
 
+import contextlib
 import os
 import random
+import struct
 import subprocess
 
 import pytest
 
 from appliance.errors import GuestUnreadable
 from images.guest.files import Unsupported, Walker
-from images.guest.journal import open_ext4
+from images.guest.journal import _Journal, open_ext4
 from images.tree import Kind
 from tests.support.guestdisk import Link, ext4, image_of, walked, write_tree
 
@@ -144,3 +146,15 @@ def test_what_is_not_known_is_said_to_be_unsupported(tmp_path, options, reason):
     subprocess.run(["mkfs.ext4", "-q", "-F", *options, image], check=True)
     with pytest.raises(Unsupported, match=reason):
         open_ext4(image_of(image))
+
+
+@pytest.mark.parametrize(("block", "refused"), [(100, False), (101, True)])
+def test_fast_commits_begin_one_block_behind_the_circle(block, refused):
+    """jbd2 (fs/jbd2/journal.c, `j_fc_first = j_last + 1`): a file system that was read without them would be an older
+    one. Hand-made, since no tool writes them but a running kernel."""
+    blocks = {block: struct.pack("<HHII", 9, 8, 0, 7)}
+    found = object.__new__(_Journal)
+    found._name, found._fast, found._end = "vda1", 256, 100
+    found._raw = lambda number: blocks.get(number, bytes(4096)).ljust(4096, b"\0")
+    with pytest.raises(Unsupported, match="fast commits") if refused else contextlib.nullcontext():
+        found._refuse_fast_commits(7)
