@@ -20,6 +20,7 @@ the numbers of system calls. Linux only, any architecture that libseccomp knows.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import os
 import platform
@@ -274,6 +275,9 @@ def _filter(library: Any, which: Seccomp) -> None:
         rules = library.SyscallFilter(library.ALLOW)
         for call in _known(library, _FORBIDDEN_CALLS):
             rules.add_rule(refuse, call)
+        # A child in a user namespace of its own would have every capability there, and with them more of the kernel.
+        rules.add_rule(refuse, "clone", library.Arg(0, library.MASKED_EQ, _CLONE["USER"], _CLONE["USER"]))
+        rules.add_rule(library.ERRNO(errno.ENOSYS), "clone3")  # its flags are in memory; the C library takes clone then
     else:
         rules = library.SyscallFilter(refuse)
         for call in _known(library, _READER_CALLS):

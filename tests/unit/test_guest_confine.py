@@ -59,6 +59,13 @@ def write(path):
     with open(path, "w") as file:
         file.write("x")
 
+def clone():
+    child = libc.syscall(56, 0x10000000 | signal.SIGCHLD, 0, 0, 0, 0)
+    if child == 0:
+        os._exit(0)
+    if child == -1:
+        raise OSError(ctypes.get_errno(), "clone")
+
 HOST, NAME, SOCKET, PARENT, MODE = json.loads(sys.argv[1])
 attempts = {
     "read a file": lambda: open(HOST).read(),
@@ -81,6 +88,7 @@ attempts = {
     "be root": lambda: os.setuid(0),
     "mount": lambda: call("mount", b"none", b"/", b"proc", 0, None),
     "new namespaces": lambda: call("unshare", 0x10020000),
+    "a user namespace of a child": clone,
     "other namespaces": lambda: os.open("/proc/1/ns/mnt", os.O_RDONLY),
     "a device": lambda: os.mknod("/x", 0o60600, os.makedev(7, 0)),
     "load a module": lambda: call("syscall", 313, 0, b"", 0),
@@ -200,6 +208,7 @@ WIDER = {
     **{what: error for what, error in WALLS.items() if error}, "read /etc/passwd": "", "fork": "", "run a program": "",
     "more memory": "", "more descriptors": "", "write to /tmp": "", "trace the parent": "EPERM", "a device": "EPERM",
     "new namespaces": "EPERM", "bpf": "EPERM", "keys": "EPERM", "load a module": "EPERM",
+    "a user namespace of a child": "EPERM",
 }  # fmt: skip
 
 
