@@ -40,6 +40,7 @@ def is_alone(source, iso, disk, folder, written) -> None:
     assert {name: found.get(name) for name in written} == written
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_stream(source, tmp_path):
     """P6-13, P6-14: the root comes over the network and is written to; then it is on the local disk, and the client
