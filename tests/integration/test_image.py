@@ -125,7 +125,8 @@ _HARDWARE = """<domain type="qemu"><name>rack</name><memory unit="MiB">768</memo
 </devices></domain>"""
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.soak
+@pytest.mark.timeout(600)
 def test_a_point_runs_at_once_as_a_domain_of_libvirt(imagery, tmp_path):
     """P6-13, P6-14, P6-17, P6-25: BIOS becomes UEFI, virtio becomes SATA; it runs from the repository until its own
     disk is filled, through the death of the view, and then needs nobody."""
