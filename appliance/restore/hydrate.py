@@ -18,10 +18,8 @@ Its repository session keeps gc away from what the view still has to read, whate
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -32,12 +30,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings, write_json
-from appliance.errors import ConfigError, HypervisorError, RestoreError, RewindError
+from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
+from appliance.errors import HypervisorError, RestoreError, RewindError
 from appliance.hypervisor import connect
 from appliance.hypervisor.base import DomainState, Hypervisor, Pulls
 from appliance.model import MapRef
-from appliance.process import Child, alone, lives, process_key
+from appliance.process import alone, lives, process_key
+from appliance.restore import outliving
 from appliance.restore.kept import KeptView, kill, views_of
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Hydration", "Order", "folder", "launch", "load", "names", "needed", "socket_path", "state", "tidy"]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,62}")
+_KIND = "images"
 _TICK = 0.5
 _START = 30.0
 _AGAIN = 5.0
@@ -90,11 +89,8 @@ class Order:
 
 
 def folder(home: Home, name: str) -> Path:
-    """What is kept for that domain. Raises ConfigError for a name that could lead anywhere else."""
-    if _NAME.fullmatch(name) is None:
-        reason = f"a new domain cannot be called {name!r}"
-        raise ConfigError(reason=reason, hint="letters, digits, and . _ + - behind the first one")
-    return home.path / "images" / name
+    """What is kept for that domain. Raises ConfigError as `outliving.folder`."""
+    return outliving.folder(home, _KIND, name)
 
 
 def socket_path(home: Home, uuid: str) -> Path:
@@ -104,23 +100,18 @@ def socket_path(home: Home, uuid: str) -> Path:
 
 def names(home: Home) -> list[str]:
     """Of all domains that were brought up from this home and are not tidied away."""
-    return sorted(path.parent.name for path in (home.path / "images").glob("*/order.json"))
+    return outliving.names(home, _KIND)
 
 
 def load(home: Home, name: str) -> Order | None:
-    try:
-        return Order.from_json(json.loads((folder(home, name) / "order.json").read_text()))
-    except FileNotFoundError:
-        return None
+    """Raises ConfigError as `outliving.folder`."""
+    found = outliving.order(home, _KIND, name)
+    return None if found is None else Order.from_json(found)
 
 
 def state(home: Home, name: str) -> dict[str, Any]:
     """The state file; empty if there is none."""
-    try:
-        found: dict[str, Any] = json.loads((folder(home, name) / "state.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+    return outliving.state(home, _KIND, name)
 
 
 def needed(home: Home) -> dict[str, str]:
@@ -136,26 +127,10 @@ def needed(home: Home) -> dict[str, str]:
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
     """Write the order down and start the process; its view can be read when this returns. May be repeated. Raises
     RestoreError with the reason when there is no view in time; the process goes on trying then."""
-    where = folder(home, order.domain)
-    where.mkdir(parents=True, exist_ok=True)
-    write_json(where / "order.json", order.to_json())
-    key_fd = json.loads(order.repository).get("key_fd")
-    if not lives(state(home, order.domain).get("key", "")):
-        places = [str(Path(__file__).resolve().parents[2]), *(place for place in sys.path if place)]
-        Child(
-            [sys.executable, "-m", "appliance.restore.hydrate", home.path, order.domain, settings_file],
-            name="hydrate",
-            log=home.log / "hydrate.log",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))},
-            pass_fds=() if key_fd is None else (key_fd,),
-            die_with_parent=False,
-        ).leave()
-    deadline = time.monotonic() + _START
-    while not lives((found := state(home, order.domain)).get("view", "")):
-        if time.monotonic() > deadline:
-            why = found.get("error") or "no answer"
-            raise RestoreError(reason=f"the view of {order.domain!r} does not start: {why}")
-        time.sleep(0.05)
+    outliving.start(home, _KIND, order.domain, order.to_json(), "appliance.restore.hydrate", settings_file)
+    outliving.await_state(
+        home, _KIND, order.domain, lambda found: lives(found.get("view", "")), _START, "the view"
+    )  # fmt: skip
 
 
 def tidy(home: Home, name: str) -> None:
@@ -294,9 +269,7 @@ class Hydration:
         if now == self._written:
             return
         try:
-            temporary = self._folder / ".state.json"
-            temporary.write_text(json.dumps(now))
-            temporary.replace(self._folder / "state.json")
+            outliving.write_state(self._folder, now)
             self._written = now
         except OSError as error:  # a full disk must not take the view with it
             _log.warning("cannot write down how %s stands: %s", self._order.domain, error)

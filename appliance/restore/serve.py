@@ -35,10 +35,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings, write_json
+from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
 from appliance.errors import RestoreError, RewindError
 from appliance.model import MapRef
 from appliance.process import Child, alone, lives, process_key, run
+from appliance.restore import outliving
 from appliance.restore.control import CONTROL, Record, read_record
 from appliance.restore.kept import KeptView, kill
 
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
     from appliance.store import RepositorySpec
 
-__all__ = ["Order", "Serving", "folder", "launch", "load", "names", "phase_of", "prepare", "state", "tidy"]
+__all__ = ["Order", "Serving", "folder", "launch", "load", "names", "needed", "phase_of", "prepare", "state", "tidy"]
 
+_KIND = "streams"
 _TICK = 0.5
 _START = 60.0
 _AGAIN = 2.0
@@ -101,28 +103,30 @@ class Order:
 
 
 def folder(home: Home, name: str) -> Path:
-    return home.path / "streams" / name
+    """What is kept for that session. Raises ConfigError as `outliving.folder`."""
+    return outliving.folder(home, _KIND, name)
 
 
 def names(home: Home) -> list[str]:
     """Of all sessions of this home that are not tidied away."""
-    return sorted(path.parent.name for path in (home.path / "streams").glob("*/order.json"))
+    return outliving.names(home, _KIND)
 
 
 def load(home: Home, name: str) -> Order | None:
-    try:
-        return Order.from_json(json.loads((folder(home, name) / "order.json").read_text()))
-    except FileNotFoundError:
-        return None
+    """Raises ConfigError as `outliving.folder`."""
+    found = outliving.order(home, _KIND, name)
+    return None if found is None else Order.from_json(found)
 
 
 def state(home: Home, name: str) -> dict[str, Any]:
     """The state file; empty if there is none."""
-    try:
-        found: dict[str, Any] = json.loads((folder(home, name) / "state.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+    return outliving.state(home, _KIND, name)
+
+
+def needed(home: Home) -> dict[str, str]:
+    """Points that machines still read their disks from → the session."""
+    orders = {name: load(home, name) for name in names(home) if state(home, name).get("phase") != "done"}
+    return {order.point: name for name, order in orders.items() if order is not None}
 
 
 def phase_of(home: Home, name: str) -> str:
@@ -151,26 +155,13 @@ def prepare(home: Home, order: Order, certificates: Mapping[str, bytes]) -> Path
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
     """Write the order down and start the process; machines can connect when this returns. May be repeated. Raises
     RestoreError with the reason when nobody answers in time; the process goes on trying then."""
-    where = folder(home, order.name)
-    write_json(where / "order.json", order.to_json())
-    key_fd = json.loads(order.repository).get("key_fd")
-    if not lives(state(home, order.name).get("key", "")):
-        (where / "state.json").unlink(missing_ok=True)
-        places = [str(Path(__file__).resolve().parents[2]), *(place for place in sys.path if place)]
-        Child(
-            [sys.executable, "-m", "appliance.restore.serve", home.path, order.name, settings_file],
-            name="serve",
-            log=home.log / "serve.log",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))},
-            pass_fds=() if key_fd is None else (key_fd,),
-            die_with_parent=False,
-        ).leave()
-    deadline = time.monotonic() + _START
-    while not (found := state(home, order.name)).get("ready") and found.get("phase") != "done":
-        if time.monotonic() > deadline:
-            why = found.get("error") or "no answer"
-            raise RestoreError(reason=f"the server of {order.name!r} does not start: {why}")
-        time.sleep(0.05)
+    outliving.start(home, _KIND, order.name, order.to_json(), "appliance.restore.serve", settings_file)
+    outliving.await_state(home, _KIND, order.name, _is_ready, _START, "the server")
+
+
+def _is_ready(found: Mapping[str, Any]) -> bool:
+    """Of a state: an old one says nothing of a process that has just begun."""
+    return found.get("phase") == "done" or (bool(found.get("ready")) and lives(found.get("key", "")))
 
 
 def tidy(home: Home, name: str) -> None:
@@ -253,9 +244,7 @@ class Serving:
             "error": self._view.error or self._daemon.error or record.error,
         }  # fmt: skip
         if now != self._written:
-            temporary = self._folder / ".state.json"
-            temporary.write_text(json.dumps(now))
-            temporary.replace(self._folder / "state.json")
+            outliving.write_state(self._folder, now)
             self._written = now
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from appliance.capture import protection
 from appliance.errors import ConfigError, NoSuchPoint
 from appliance.model import Point
-from appliance.restore import hydrate
+from appliance.restore import hydrate, serve
 from appliance.restore.intent import undo_point
 from appliance.service.history import resolve
 from appliance.service.image import evidence
@@ -153,11 +153,11 @@ def _pinned(session: Session) -> dict[str, Pending]:
 def _guard(session: Session, one: Decision, pinned: dict[str, Pending], asked: bool) -> Decision:
     if one.keep:
         return one
-    if (reader := hydrate.needed(session.home).get(one.point.id)) is not None:
+    if (reader := (hydrate.needed(session.home) | serve.needed(session.home)).get(one.point.id)) is not None:
         if asked:
-            reason = f"domain {reader!r} still reads its disks from {one.point.id}"
+            reason = f"{reader!r} still reads its disks from {one.point.id}"
             raise ConfigError(reason=reason, hint="`rewind image list` tells when it does not any more")
-        return Decision(one.point, True, (f"needed by domain {reader!r}",))
+        return Decision(one.point, True, (f"needed by {reader!r}",))
     if one.point.id not in pinned:
         return one
     if asked:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.errors import ConfigError, NotSupported
-from appliance.restore import hydrate
+from appliance.errors import NotSupported
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
 
 XML = """<domain type="kvm" id="7"><name>spare</name><uuid>0ad6c641-c9ed-4eb8-8756-6f488ee35fd8</uuid>
@@ -81,13 +80,3 @@ def test_a_bus_without_a_place_for_the_medium_is_told():
 def test_what_is_no_domain_is_refused(xml):
     with pytest.raises(NotSupported, match="no libvirt definition"):
         wanted_disks(xml, 1, "twin")
-
-
-@pytest.mark.parametrize("name", ["..", "../domains", "", ".hidden", "a/b", "a b", "x" * 64])
-def test_a_name_leads_nowhere_else(tmp_path, name):
-    """The folder of a name is removed when a start fails."""
-    from appliance.config import Home
-
-    with pytest.raises(ConfigError, match="cannot be called"):
-        hydrate.tidy(Home(tmp_path), name)
-    assert tmp_path.exists()

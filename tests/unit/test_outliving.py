@@ -1,0 +1,63 @@
+"""What processes that outlive their verb keep in the home: folders by name, orders, states, who needs which point."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from appliance.config import Home
+from appliance.errors import ConfigError, RestoreError
+from appliance.model import MapRef
+from appliance.process import process_key
+from appliance.restore import hydrate, outliving, serve
+
+MAP = MapRef(bytes(16), 1 << 20)
+SPEC = json.dumps({"url": "/repo", "cache": "/cache", "key_file": None, "key_fd": None})
+PLACES = {"sda": "vda"}
+BROUGHT_UP = hydrate.Order("twin", "uuid", "qemu:///system", "point-1", SPEC, {"vda": MAP}, PLACES, (1, 2), 0, "/i")
+SERVED = serve.Order("rack", "s", "uuid", "point-2", "t", SPEC, {"vda": MAP}, "0.0.0.0", 10809, True, "stream", "/i")
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [hydrate, serve])
+@pytest.mark.parametrize("name", ["..", "../domains", "", ".hidden", "a/b", "a b", "x" * 64])
+def test_a_name_leads_nowhere_else(home, kind, name):
+    """The folder of a name is removed when it is forgotten, and when a start fails."""
+    for call in (kind.tidy, kind.load, kind.state, kind.folder):
+        with pytest.raises(ConfigError, match="nothing can be called"):
+            call(home, name)
+    assert home.path.exists()
+
+
+@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (serve, SERVED)])
+def test_a_point_is_needed_until_it_is_done(home, kind, order):
+    """P6-23: whatever is forgotten, what still is read stays; also when the host has just been started."""
+    name = "twin" if kind is hydrate else "rack"
+    where = kind.folder(home, name)
+    where.mkdir(parents=True)
+    (where / "order.json").write_text(json.dumps(order.to_json()))
+    assert kind.load(home, name) == order
+    assert kind.names(home) == [name]
+    assert kind.needed(home) == {order.point: name}
+    outliving.write_state(where, {"phase": "pulling"})
+    assert kind.needed(home) == {order.point: name}
+    outliving.write_state(where, {"phase": "done"})
+    assert kind.needed(home) == {}
+    kind.tidy(home, name)
+    assert kind.names(home) == [] and kind.load(home, name) is None
+
+
+def test_a_state_of_before_is_no_answer(home):
+    """Nobody listens yet where the process that said so has died."""
+    serve.folder(home, "rack").mkdir(parents=True)
+    old = {"ready": True, "phase": "waiting", "key": "1:0", "error": "no repository"}
+    outliving.write_state(serve.folder(home, "rack"), old)
+    with pytest.raises(RestoreError, match="the server of 'rack' does not start: no repository"):
+        outliving.await_state(home, "streams", "rack", serve._is_ready, 0.1, "the server")
+    assert serve._is_ready({**old, "key": process_key(os.getpid())})
