@@ -123,6 +123,7 @@ network() {
         echo $! >/tmp/lease.pid
     fi
     hold_network &
+    holder=$!
 }
 
 # --- links ----------------------------------------------------------------------------------------------------------
@@ -248,6 +249,7 @@ stay() {
     fi
     until_file quit
     unlink_all
+    wait "$holder" # our address goes before we say that we are gone
     : >$MEET/gone
 }
 
