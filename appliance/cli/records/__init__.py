@@ -1,0 +1,64 @@
+"""Every line that `--json` can print, one dataclass each: the machine's side of the command line.
+
+`JSON.md` documents them field by field, and a test compares the two. Fields are only added, never renamed or removed;
+a reader ignores those it does not know. Sizes are bytes, durations seconds, times ISO 8601 in UTC.
+"""
+
+from __future__ import annotations
+
+from appliance.cli.records.base import DiskBytes, Error, ExitCode, Progress, Record, to_json
+from appliance.cli.records.history import (
+    Branch,
+    Bucket,
+    CaptureEvent,
+    Diff,
+    DiffExtent,
+    Gap,
+    Lane,
+    Mark,
+    Point,
+    PointsSummary,
+    Span,
+    Timeline,
+)
+from appliance.cli.records.image import (
+    ImageBuilt,
+    ImageDrivers,
+    ImageEvidence,
+    ImageFile,
+    ImagePlan,
+    ImageProfile,
+    ImageRemoved,
+    ImageRunning,
+    ImageServed,
+    ImageStarted,
+    ImageStreamed,
+    ImageTarget,
+    ImageTemplate,
+    ImageVerified,
+)
+from appliance.cli.records.protection import (
+    Capture,
+    DaemonEvent,
+    DoctorCheck,
+    DoctorSummary,
+    DomainStatus,
+    Initialised,
+    LastGap,
+    Paused,
+    Protected,
+    Status,
+    Unprotected,
+)
+from appliance.cli.records.recovery import Export, Restored, Reverted, RevertPlan
+from appliance.cli.records.upkeep import CheckSummary, Forget, ForgetSummary, Gc, Key, Problem
+
+__all__ = [
+    "Branch", "Bucket", "Capture", "CaptureEvent", "CheckSummary", "DaemonEvent", "Diff", "DiffExtent", "DiskBytes",
+    "DoctorCheck", "DoctorSummary", "DomainStatus", "Error", "ExitCode", "Export", "Forget", "ForgetSummary", "Gap",
+    "Gc", "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved",
+    "ImageRunning", "ImageServed", "ImageStarted", "ImageStreamed", "ImageTarget", "ImageTemplate", "ImageVerified",
+    "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused",
+    "Point", "PointsSummary", "Problem", "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted",
+    "Span", "Status", "Timeline", "Unprotected", "to_json",
+]  # fmt: skip
