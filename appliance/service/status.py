@@ -13,6 +13,7 @@ from appliance.service.recovery import under_way
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection
+    from appliance.hypervisor.base import Domain
     from appliance.service.session import Session
     from appliance.timeline.catalogue import Summary
 
@@ -36,7 +37,8 @@ class InstanceState:
 @dataclass(frozen=True, slots=True)
 class DomainState:
     """One domain. `state` is the hypervisor's word, `gone` when it knows no such domain, `unknown` when it does not
-    answer; `revert` names the point of a revert that has not ended, `busy` who works on the domain now."""
+    answer; `revert` names the point of a revert that has not ended, `busy` who works on the domain now, `uncaptured`
+    the protected disks that no point can hold as things are."""
 
     domain: str
     uuid: str | None
@@ -55,6 +57,7 @@ class DomainState:
     busy: str | None
     notes: tuple[str, ...] = ()
     capture: Capturing | None = None
+    uncaptured: tuple[str, ...] = ()
 
 
 def status(
@@ -85,7 +88,7 @@ def _protected(session: Session, record: Protection, points: list[Summary], now:
     busy = session.busy(record.uuid)
     # A bare QEMU's monitor serves one client, and whoever works on the domain needs it more than we do.
     held = record.uri.startswith("qmp:") and (pending or busy)
-    state, notes = ("unknown", ()) if held else _state(session, record)
+    state, notes, lost = ("unknown", (), ()) if held else _state(session, record, bool(pending or busy))
     mine = [one for one in points if one.uuid == record.uuid]
     last = mine[-1] if mine else None
     age = (now - last.time).total_seconds() if last else None
@@ -94,17 +97,39 @@ def _protected(session: Session, record: Protection, points: list[Summary], now:
     return DomainState(
         record.domain, record.uuid, record.uri, state, True, tuple(record.disks), record.every, record.quiesce,
         len(mine), last.id if last else None, last.time if last else None, age, late, pending,
-        busy, notes + capture.notes, capture,
+        busy, notes + capture.notes, capture, lost,
     )  # fmt: skip
 
 
-def _state(session: Session, record: Protection) -> tuple[str, tuple[str, ...]]:
+def _state(
+    session: Session, record: Protection, worked_on: bool
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:  # fmt: skip
+    """(the hypervisor's word, what one should know, the disks that no point can hold)."""
     try:
-        return session.hypervisor(record.uri).domain(record.uuid).state().value, ()
+        domain = session.hypervisor(record.uri).domain(record.uuid)
+        state = domain.state().value
     except DomainNotFound:
-        return "gone", _successor(session, record)
+        return "gone", _successor(session, record), ()
     except (ConnectError, RewindError) as error:
-        return "unknown", (error.message,)
+        return "unknown", (error.message,), ()
+    return (state, (), ()) if worked_on else (state, *_disks(domain, record))
+
+
+def _disks(domain: Domain, record: Protection) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(what of its disks no point holds, and why; those of them that are protected). Not asked while somebody works on
+    the domain: its graph is theirs then, and looks like one that cannot be protected."""
+    try:
+        there = {disk.target: disk for disk in domain.disks()}
+    except RewindError as error:
+        return (error.message,), ()
+    wanted = record.disks or tuple(there)
+    refused = {one: there[one].refusal for one in wanted if one in there and there[one].refusal}
+    missing = [one for one in wanted if one not in there]
+    left = [one for one in there if one not in wanted]
+    notes = [f"disk {one} cannot be captured: {why}" for one, why in refused.items()]
+    notes += [f"disk {one} is protected and not there any more" for one in missing]
+    notes += [f"not protected: {', '.join(left)}"] if left else []
+    return tuple(notes), (*refused, *missing)
 
 
 def _successor(session: Session, record: Protection) -> tuple[str, ...]:

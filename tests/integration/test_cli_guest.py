@@ -165,6 +165,44 @@ def test_the_daemon_takes_points_by_the_clock(machine, rewind, model):
     assert {one["reason"] for one in points} == {"schedule"}
 
 
+def test_status_names_the_disks_that_no_point_holds(libvirt_uri, libvirt_images, short):
+    """P5-39: a disk that came later and cannot be captured, one that went, one that nobody protects."""
+    from tests.support.libvirt import virsh
+
+    def define(disks):
+        (short / "some.xml").write_text(f"""
+            <domain type='qemu'><name>cli-some</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>{uuid}
+            <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>{disks}</devices></domain>""")
+        virsh("define", str(short / "some.xml"))
+
+    def local(target):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", libvirt_images / target, str(SIZE)], check=True)
+        return f"""<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+            <source file='{libvirt_images / target}'/><target dev='{target}' bus='virtio'/></disk>"""
+
+    far = """<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='rbd' name='pool/far'>
+        <host name='ceph' port='6789'/></source><target dev='vdc' bus='virtio'/></disk>"""
+    uuid, vda, vdb = "", local("vda"), local("vdb")
+    define(vda + vdb)
+    uuid = f"<uuid>{virsh('domuuid', 'cli-some').stdout.strip()}</uuid>"
+    rewind = Rewind(short / "home", libvirt_uri)
+    try:
+        rewind("init")
+        rewind("protect", "cli-some")
+        assert rewind("status", "cli-some")[-1]["notes"] == []
+        define(vda + vdb + far)
+        (note,) = rewind("status", "cli-some", code=1)[-1]["notes"]
+        assert note.startswith("disk vdc cannot be captured: ") and len(note) > 40
+        rewind("protect", "cli-some", "--disk", "vda")
+        assert rewind("status", "cli-some")[-1]["notes"] == ["not protected: vdb, vdc"]
+        define(vdb)
+        found = rewind("status", "cli-some", code=1)[-1]["notes"]
+        assert found == ["disk vda is protected and not there any more", "not protected: vdb"]
+        rewind("unprotect", "cli-some")
+    finally:
+        virsh("undefine", "cli-some", check=False)
+
+
 @pytest.mark.timeout(60)
 def test_bad_input_with_a_hypervisor_that_answers(machine, rewind, model):
     """A12: one sentence, a hint, its exit code."""

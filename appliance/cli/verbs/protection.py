@@ -176,8 +176,9 @@ def _taken(record: records.Point) -> str:
 def status_command(context: Context, domain: str | None, everything: bool) -> int:
     """Tell how things stand: the repository, each domain, its newest point, what is under way.
 
-    Exit code 1 when a domain is late, a revert has not ended, the hypervisor does not answer, every write of a running
-    domain is wanted and is not captured, or no daemon runs though a domain is protected with --every.
+    Exit code 1 when a domain is late, a revert has not ended, the hypervisor does not answer, a protected disk cannot
+    be captured or is not there, every write of a running domain is wanted and is not captured, or no daemon runs though
+    a domain is protected with --every.
     """
     from appliance.cli.ui import table
     from appliance.service.status import status
@@ -205,7 +206,8 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
         context.output.tell(f"no `rewind daemon` runs, so nobody takes the points of {', '.join(orphans)} by the clock")
     blind = any(one.capture and one.capture.mode in ("waiting", "behind") and one.state == "running" for one in found)
     silent = any(one.state == "unknown" and one.notes for one in found)
-    return 1 if orphans or silent or blind or any(one.late or one.revert for one in found) else 0
+    lost = any(one.uncaptured for one in domains)
+    return 1 if orphans or silent or blind or lost or any(one.late or one.revert for one in found) else 0
 
 
 def _domain(one: DomainState) -> records.DomainStatus:
