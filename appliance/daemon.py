@@ -35,8 +35,9 @@ from appliance.schedule import Task, due, next_time
 from appliance.service import Session
 from appliance.service.locks import daemon_lock
 from appliance.service.protection import point
-from appliance.service.recovery import Pending, abandoned, resume, under_way
+from appliance.service.recovery import resume
 from appliance.service.tap import ensure, missing, paused_until
+from appliance.service.underway import Pending, abandoned, under_way
 
 __all__ = ["Daemon", "Event"]
 

@@ -24,7 +24,7 @@ def connect(uri: str) -> Hypervisor:
     """
     scheme, _, rest = uri.partition("://")
     if scheme == "qmp":
-        from appliance.hypervisor.qmp import QmpHypervisor
+        from appliance.hypervisor.bare import QmpHypervisor
 
         return QmpHypervisor(uri)
     if scheme.partition("+")[0] != "qemu" or (rest and not rest.startswith("/")) or "+ssh" in scheme:

@@ -23,7 +23,7 @@ from appliance.hypervisor.base import Disk, Domain, DomainState
 from appliance.hypervisor.graph import tap as graph
 from appliance.hypervisor.graph.tap import TapState
 from appliance.process import process_key
-from appliance.service.recovery import under_way
+from appliance.service.underway import under_way
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection

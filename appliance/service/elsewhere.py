@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from appliance.errors import AlreadyExists, ConfigError, DiskNotFound, NotSupported, TargetExists, ToolFailed
 from appliance.model import DiskKind, DiskPoint, Point
 from appliance.service import returning
-from appliance.service.history import resolve
+from appliance.service.instant import resolve
 from appliance.service.session import Progress, Session, silent
 from appliance.units import chunks_of
 

@@ -24,8 +24,8 @@ from appliance.hypervisor.base import DomainState
 from appliance.restore import fence
 from appliance.service import tap
 from appliance.service.naming import earlier, holder, uuid_of
-from appliance.service.recovery import refuse_if_under_way
 from appliance.service.session import Progress, Session, silent
+from appliance.service.underway import refuse_if_under_way
 from appliance.timeline.when import reading
 
 if TYPE_CHECKING:

@@ -4,76 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from appliance.capture import protection
-from appliance.errors import HypervisorError, NothingToResume, NothingToUndo, RevertUnderWay
+from appliance.errors import HypervisorError, NothingToResume, NothingToUndo
 from appliance.restore import intent
 from appliance.service.elsewhere import choose
-from appliance.service.history import resolve
+from appliance.service.instant import resolve
 from appliance.service.naming import uuid_of
 from appliance.service.session import Progress, Session, silent
+from appliance.service.underway import Pending, cared_for, refuse_if_under_way, under_way
 
 if TYPE_CHECKING:
     from appliance.model import Point
     from appliance.restore.revert import Plan, Result, Reverter
 
-__all__ = [
-    "Pending", "abandoned", "plan", "plan_undo", "refuse_if_under_way", "resume", "revert", "undo", "under_way",
-]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A revert that has not ended. `points` are those it still needs."""
-
-    domain: str
-    uuid: str
-    target: str
-    points: tuple[str, ...]
-
-
-def under_way(session: Session) -> list[Pending]:
-    """Reverts of this home that have not ended."""
-    return [
-        Pending(one.domain, one.uuid, one.point, (one.point, one.safety_point)) for one in intent.pending(session.home)
-    ]
-
-
-def abandoned(session: Session) -> list[Pending]:
-    """Those of `under_way` that nobody drives: their keeper was killed as well, or the host was started anew."""
-    return [one for one in under_way(session) if not _cared_for(session, one.uuid)]
-
-
-def _cared_for(session: Session, uuid: str) -> bool:
-    """Whether a living process goes on with the revert of that domain."""
-    from appliance.restore import keeper
-
-    home = session.home
-    return keeper.lives(keeper.state(home, uuid).get("key", "")) or intent.driven(home, uuid)
-
-
-def refuse_if_under_way(session: Session, uuid: str, domain: str, held: bool = False) -> None:
-    """Raises RevertUnderWay with what to do: wait for whoever works on it, or resume it. `held`: we hold the domain,
-    so it is nobody's `rewind`."""
-    try:
-        intent.refuse_if_under_way(session.home, uuid, domain)
-    except RevertUnderWay as error:
-        raise RevertUnderWay(**error.fields, hint=_who_ends_it(session, uuid, domain, held)) from None
-
-
-def _who_ends_it(session: Session, uuid: str, domain: str, held: bool) -> str:
-    """Empty for the usual hint."""
-    who = None if held else session.busy(uuid)
-    if who:
-        return f"{who} works on it: wait until it has ended"
-    if _cared_for(session, uuid):
-        return (
-            f"its keeper goes on with it by itself: `rewind status {domain}` shows it,"
-            f" `rewind resume {domain}` waits for its end"
-        )
-    return ""
+__all__ = ["plan", "plan_undo", "resume", "revert", "undo"]
 
 
 def plan(
@@ -209,7 +155,7 @@ def _fate(session: Session, uuid: str, before: intent.Intent | None) -> str:
         return "the revert is given up, and nothing has changed"
     if now.ended:
         return f"the revert of {now.domain} has ended all the same: `rewind undo {now.domain}` leads back"
-    if _cared_for(session, uuid):
+    if cared_for(session, uuid):
         return f"the revert of {now.domain} goes on by itself, `rewind status {now.domain}` shows it"
     return f"the revert of {now.domain} is half-way, and `rewind resume {now.domain}` ends it"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from appliance.errors import ConnectError, DomainNotFound, RewindError
 from appliance.service.capturing import Capturing, capturing
 from appliance.service.naming import holder
-from appliance.service.recovery import under_way
+from appliance.service.underway import under_way
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection

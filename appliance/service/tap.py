@@ -22,7 +22,7 @@ from appliance.config import Home, write_json
 from appliance.errors import CaptureError, DomainBusy, DomainNotFound
 from appliance.hypervisor.base import DomainState
 from appliance.process import Child, signal_process, wait_gone
-from appliance.service.recovery import refuse_if_under_way
+from appliance.service.underway import refuse_if_under_way
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection

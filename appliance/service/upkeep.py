@@ -12,13 +12,13 @@ from appliance.errors import ConfigError, NoSuchPoint
 from appliance.model import Point
 from appliance.restore import hydrate, serve
 from appliance.restore.intent import undo_point
-from appliance.service.history import resolve
 from appliance.service.image import evidence
+from appliance.service.instant import resolve
 from appliance.service.naming import uuid_of
 from appliance.service.session import Progress, Session, silent
+from appliance.service.underway import Pending, refuse_if_under_way, under_way
 
 if TYPE_CHECKING:
-    from appliance.service.recovery import Pending
     from appliance.timeline.catalogue import Summary
 
 __all__ = ["Decision", "check", "forget", "gc"]
@@ -145,8 +145,6 @@ def _told(session: Session, point: Point, continued: bool) -> Decision:
 
 def _pinned(session: Session) -> dict[str, Pending]:
     """Points that reverts under way still need → the revert."""
-    from appliance.service.recovery import under_way
-
     return {point: one for one in under_way(session) for point in one.points}
 
 
@@ -161,8 +159,6 @@ def _guard(session: Session, one: Decision, pinned: dict[str, Pending], asked: b
     if one.point.id not in pinned:
         return one
     if asked:
-        from appliance.service.recovery import refuse_if_under_way
-
         needed = pinned[one.point.id]
         refuse_if_under_way(session, needed.uuid, needed.domain)
     return Decision(one.point, True, ("needed by a revert under way",))

@@ -14,9 +14,9 @@ from appliance.daemon import Daemon
 from appliance.errors import DomainLost, NothingToResume
 from appliance.restore import fence
 from appliance.restore.intent import Phase
-from appliance.service.recovery import abandoned
 from appliance.service.session import Session
 from appliance.service.setup import init
+from appliance.service.underway import abandoned
 from tests.support.revert_bench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,8 +22,8 @@ from appliance.errors import DomainNotFound, Locked, NoSuchTemplate, NotRecovera
 from appliance.model import Consistency, Point
 from appliance.service import Session
 from appliance.service.image import evidence, scheduled, verifying
-from appliance.service.recovery import Pending
 from appliance.service.setup import init
+from appliance.service.underway import Pending
 from images.verify.judge import Verdict
 
 

@@ -15,7 +15,8 @@ from appliance.config import Home
 from appliance.errors import InGap, NoSuchPoint, SequenceMissing
 from appliance.model import DiskPoint, MapRef, Point
 from appliance.service import Session, setup, upkeep
-from appliance.service.history import diff, resolve
+from appliance.service.difference import diff
+from appliance.service.instant import resolve
 from appliance.timeline.ledger import Ledger
 from appliance.units import CHUNK
 from tests.support.journal import SECOND, Scribe

@@ -14,7 +14,7 @@ from appliance.errors import ConfigError, DomainNotFound, NoSuchPoint, NotProtec
 from appliance.hypervisor.base import Disk, DomainState
 from appliance.model import Timeline
 from appliance.restore import intent
-from appliance.service import Session, history, protection, returning, setup
+from appliance.service import Session, history, instant, protection, returning, setup
 from appliance.service.naming import uuid_of
 from appliance.service.status import status
 from appliance.service.upkeep import forget
@@ -126,7 +126,7 @@ def test_protecting_the_new_one_says_where_the_old_points_are(lost):
     # Nothing was lost: as long as the new one has no points, the name leads to those that there are.
     lost.said.clear()
     assert len(history.history(lost, "web").points) == 2
-    assert history.resolve(lost, "web", "latest").id == "0002aaaa"
+    assert instant.resolve(lost, "web", "latest").id == "0002aaaa"
     assert len(lost.said) == 1 and OLD in lost.said[0]
     assert len(history.history(lost, OLD).points) == 2
     take(lost, NEW, "0003bbbb", second=9, timeline="u")

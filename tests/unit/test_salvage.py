@@ -16,7 +16,7 @@ from appliance.capture.consolidate import consolidate
 from appliance.config import Home
 from appliance.errors import InGap, IntegrityError, NoSuchPoint
 from appliance.model import DiskPoint, MapRef, Point
-from appliance.service.history import resolve
+from appliance.service.instant import resolve
 from appliance.service.session import Session
 from appliance.service.setup import init
 from appliance.store import Key, Repository, open_backend

@@ -94,7 +94,7 @@ def diff_command(
     Equal parts of the two are skipped unread, so this takes time by what differs, not by the disk's size. No point is
     made of an instant that only continuous capture has: the id that is shown is the one that a revert to it would make.
     """
-    from appliance.service.history import diff
+    from appliance.service.difference import diff
 
     with context.session() as session:
         a, b, disks = diff(session, domain, older, newer, disk, 4096 if exact else CHUNK)

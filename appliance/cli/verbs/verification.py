@@ -118,8 +118,9 @@ def _lines(found: Verified) -> list[str]:
               help="Put console, screen and report into this new folder.")  # fmt: skip
 def evidence_command(context: Context, domain: str, when: str | None, folder: Path | None) -> None:
     """Show which points of DOMAIN were booted as a test, and what it showed."""
-    from appliance.service.history import history, resolve
+    from appliance.service.history import history
     from appliance.service.image import evidence
+    from appliance.service.instant import resolve
 
     if folder is not None and when is None:
         raise click.UsageError("--into takes the evidence of one point: name it with --at")

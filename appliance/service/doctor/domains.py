@@ -11,7 +11,7 @@ from appliance.errors import RewindError
 from appliance.hypervisor.base import Domain, DomainState
 from appliance.service.doctor import known
 from appliance.service.doctor.finding import Check, fail, ok, warn
-from appliance.service.recovery import abandoned, under_way
+from appliance.service.underway import abandoned, under_way
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection

@@ -19,8 +19,8 @@ from pathlib import Path
 from appliance.errors import BadInventory, ToolFailed
 from appliance.model import Point
 from appliance.service.elsewhere import export
-from appliance.service.history import resolve
 from appliance.service.image import drivers, targets, templates
+from appliance.service.instant import resolve
 from appliance.service.session import Session
 from images import hardware
 from images.build import Built, build_image

@@ -28,8 +28,8 @@ from appliance.process import alone, lives, run
 from appliance.restore import hydrate
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
 from appliance.service.elsewhere import choose
-from appliance.service.history import resolve
 from appliance.service.image import making, targets
+from appliance.service.instant import resolve
 from appliance.service.session import Progress, Session, silent
 from images.model import Inventory
 from images.settle.choice import After

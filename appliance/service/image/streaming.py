@@ -31,8 +31,8 @@ from appliance.process import alone
 from appliance.restore import control, hydrate
 from appliance.restore import serve as server
 from appliance.service.elsewhere import choose, export
-from appliance.service.history import resolve
 from appliance.service.image import drivers, making
+from appliance.service.instant import resolve
 from appliance.service.session import Progress, Session, silent
 from images.build import Built, build_image
 from images.drivers.plan import Options

@@ -24,8 +24,8 @@ from appliance.model import DiskPoint, Point
 from appliance.restore.export import ViewServer
 from appliance.restore.rehearsal import Layer, Outcome, Stage, guest_user, rehearse
 from appliance.service.elsewhere import choose
-from appliance.service.history import resolve
 from appliance.service.image import drivers, evidence, making, targets
+from appliance.service.instant import resolve
 from appliance.service.session import Progress, Session, silent
 from images import hardware
 from images.build import build_image
