@@ -7,12 +7,12 @@
 """
 
 from appliance.journal.control import Control, Mark, State
-from appliance.journal.journal import Journal, Part, Problem, Session
+from appliance.journal.journal import Journal, Part, Problem, Session, forget
 from appliance.journal.latest import Piece, Touched, latest, pieces
 from appliance.journal.layout import Disk, Entry, Footer, Header, Kind, Record
 from appliance.journal.segment import Segment
 
 __all__ = [
     "Journal", "latest", "pieces", "Control", "Segment", "Record", "Kind", "Part", "Session", "Mark", "State", "Piece",
-    "Touched", "Problem", "Disk", "Entry", "Header", "Footer",
+    "Touched", "Problem", "Disk", "Entry", "Header", "Footer", "forget",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from appliance.journal.layout import Disk, Entry, Kind, Record
 from appliance.journal.segment import Segment
 from appliance.units import CHUNK
 
-__all__ = ["Journal", "Part", "Problem", "Session"]
+__all__ = ["Journal", "Part", "Problem", "Session", "forget"]
 
 _SEALED: Final = re.compile(r"(\d{20})-(\d{20})\.rwj")
 _OPEN: Final = re.compile(r"(\d{20})\.open")
@@ -295,6 +295,23 @@ class Journal:
     def _holes_by_name(self) -> list[tuple[int, int]]:
         sealed = [part for part in self._parts if part.sealed]
         return [(a.last + 1, b.first - 1) for a, b in pairwise(sealed) if b.first != a.last + 1]
+
+
+def forget(spool: Path, journal: str, upto: int) -> tuple[int, int]:
+    """Delete the segments of that journal that end at or before that number, oldest first: (segments, bytes). For a
+    spool that no process writes to; what was never sealed stays until one has been there again. A folder that is not
+    there has none. Raises SegmentCorrupt, OSError; again, it goes on."""
+    if not spool.is_dir():
+        return 0, 0
+    count = freed = 0
+    with Journal(spool) as found:
+        for part in found.parts:
+            if not part.sealed or part.last > upto or found.open(part).header.journal.hex() != journal:
+                break
+            size = part.path.stat().st_size
+            part.path.unlink()
+            count, freed = count + 1, freed + size
+    return count, freed
 
 
 def _passed(segment: Segment, following: Segment | None, wall_ns: int) -> bool:

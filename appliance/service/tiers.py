@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from appliance.timeline.ledger import Ledger
     from appliance.timeline.spans import CapturedSpan
 
-__all__ = ["Outcome", "press", "run", "share"]
+__all__ = ["Journaled", "Outcome", "press", "run", "share"]
 
 _log = logging.getLogger(__name__)
 # Two threads of the tap process say how coarse it is.
@@ -43,6 +43,14 @@ _TELLING = threading.Lock()
 _WORDS = {60: "a point for each minute", 300: "a point for each 5 minutes", 3600: "a point for each hour"}
 # Seconds between two points, and whether the spool forgets what is young: how it is when nothing else is on record.
 _FINE = [60, False]
+
+
+@dataclass(frozen=True, slots=True)
+class Journaled:
+    """A domain whose writes were recorded, protected now or not."""
+
+    uuid: str
+    domain: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +70,19 @@ class Outcome:
 
 
 def run(
-    session: Session, record: Protection, budget_seconds: float, *, control: Control | None = None,
-    shipped: int | None = None, now: datetime | None = None, full: bool = False,
+    session: Session, record: Protection | Journaled, budget_seconds: float, *, control: Control | None = None,
+    shipped: int | None = None, now: datetime | None = None, full: bool = False, drop: bool = True,
 ) -> Outcome:  # fmt: skip
     """One pass over the domain; ends at about the budget, in the middle of nothing. For one thread of the tap process.
 
     `control` None: the running tap's, if there is one. `shipped` is the number up to which the repository has what the
     spool has, None when nothing is shipped; `full` says that the spool had to forget meanwhile, for want of room.
+    Without `drop` the points stay that no tier keeps.
+
     Raises what the store raises, JournalError and its kin; the next run goes on.
     """
-    return _Run(session, record, control or _control(session, record.uuid), shipped, now, full).go(budget_seconds)
+    work = _Run(session, record, control or _control(session, record.uuid), shipped, now, full)
+    return work.go(budget_seconds, drop)
 
 
 def press(home: Home, uuid: str, used: float) -> None:
@@ -105,8 +116,8 @@ class _Run:
     """One pass: what is known at its beginning, and what it has done."""
 
     def __init__(
-        self, session: Session, record: Protection, control: Control | None, shipped: int | None, now: datetime | None,
-        full: bool,
+        self, session: Session, record: Protection | Journaled, control: Control | None, shipped: int | None,
+        now: datetime | None, full: bool,
     ) -> None:  # fmt: skip
         settings = session.settings
         self._session, self._record, self._control, self._shipped = session, record, control, shipped
@@ -122,7 +133,7 @@ class _Run:
         self._used = max(used, tiers.FULL) if full else used
         self._damaged = False
 
-    def go(self, budget: float) -> Outcome:
+    def go(self, budget: float, drop: bool) -> Outcome:
         until = clock.monotonic() + budget
         plan = tiers.plan(self._points, self._spans, self._tiers, self._now, used=self._used, done=self._done())
         self._tell(plan.step)
@@ -134,7 +145,7 @@ class _Run:
             made += self._make(wanted)
             self._keep(done=wanted.time.isoformat())
         freed = self._forget()
-        dropped = self._drop(plan.drop, until)
+        dropped = self._drop(plan.drop if drop else (), until)
         return Outcome(made, left, plan.step, dropped, freed, self._expired(), self._damaged)
 
     def _done(self) -> datetime | None:

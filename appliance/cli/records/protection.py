@@ -42,6 +42,7 @@ class Unprotected(Record):
     domain: str
     uuid: str
     points_kept: int
+    journal_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

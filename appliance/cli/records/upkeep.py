@@ -35,6 +35,7 @@ class Gc(Record):
     dry_run: bool
     details: Mapping[str, Any]
     seconds: float
+    lapsed: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,14 +123,19 @@ def _paused(domain: str, end: bool, until: datetime | None) -> str:
 def unprotect_command(context: Context, domain: str, wait: float) -> None:
     """End the protection of DOMAIN: its bitmaps of ours are removed, its points stay.
 
-    Works as well when the domain is gone. `rewind forget` deletes points.
+    Works as well when the domain is gone. `rewind forget` deletes points. Writes that were recorded stay, too: each can
+    be restored or exported for as long as `journal_keep` says, and `rewind gc` lets go of those that are older.
     """
+    from appliance.service.lapse import spooled
     from appliance.service.protection import unprotect
 
     with context.session() as session:
         record, kept = unprotect(session, domain, wait)
+        journal = spooled(session, record.uuid)
     text = f"{record.domain} is no longer protected; {counted(kept, 'recovery point')} kept"
-    context.output.emit(records.Unprotected(record.domain, record.uuid, kept), text)
+    if journal:
+        text += f", and {format_size(journal)} of its journal: `rewind gc` lets go of what is old enough"
+    context.output.emit(records.Unprotected(record.domain, record.uuid, kept, journal), text)
 
 
 @verb(

@@ -11,7 +11,7 @@ import click
 from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, confirm, domain_argument, duration_option
-from appliance.cli.text import clock
+from appliance.cli.text import clock, counted
 from appliance.errors import (
     IntegrityError,
     Locked,
@@ -26,6 +26,7 @@ from appliance.errors import (
 from appliance.units import format_duration, format_size
 
 if TYPE_CHECKING:
+    from appliance.service.lapse import Lapsed
     from appliance.service.upkeep import Decision
 
 __all__ = ["check_command", "forget_command", "gc_command"]
@@ -67,17 +68,31 @@ def _affects(points: tuple[str, ...]) -> str:
 @verb("gc", Locked, WrongKey, IntegrityError, PermissionDenied, NoSpace)
 @click.option("--dry-run", is_flag=True, help="Only tell what would be freed.")
 def gc_command(context: Context, dry_run: bool) -> None:
-    """Free what no point needs any more. Safe beside running captures, and at any crash."""
+    """Free what no point needs any more. Safe beside running captures, and at any crash.
+
+    Of a domain that is not captured continuously any more, the recorded writes older than `journal_keep` become a point
+    for each minute first, and then go.
+    """
     import dataclasses
 
+    from appliance.service.lapse import lapse
     from appliance.service.upkeep import gc
 
     began = time.monotonic()
     with context.session() as session, context.output.meter("gc") as meter:
+        lapsed = [] if dry_run else lapse(session, lambda done, total, what: meter.update(done, total, what))
         report: Any = gc(session, dry_run, meter.update)
     details = {one.name: getattr(report, one.name) for one in dataclasses.fields(report)}
-    record = records.Gc(dry_run, details, time.monotonic() - began)
-    context.output.emit(record, _freed(report))
+    told = tuple(dataclasses.asdict(one) for one in lapsed)
+    record = records.Gc(dry_run, details, time.monotonic() - began, told)
+    context.output.emit(record, "\n".join([*map(_lapsed, lapsed), _freed(report)]))
+
+
+def _lapsed(one: Lapsed) -> str:
+    return (
+        f"journal of {one.domain}, which is not captured any more: {counted(one.made, 'point')} made of it,"
+        f" {format_size(one.bytes)} in {counted(one.segments, 'segment')} let go"
+    )
 
 
 def _freed(report: Any) -> str:
