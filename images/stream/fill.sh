@@ -96,7 +96,7 @@ settle() {
 # off goes on at the piece that was last known to be on the disk.
 copy_all() {
     plan_identities >/tmp/new
-    grep '^local ' $MEET/record | cmp -s - /tmp/new || COPIED=0
+    grep '^local ' $MEET/record | cmp -s - /tmp/new && [ -e $MEET/same ] || COPIED=0
     dd if=/dev/mapper/rewind-src-control bs=4096 skip=16 2>/dev/null | tr -d '\000' >/tmp/pieces
     if [ "$(tail -n 1 /tmp/pieces)" != end ]; then lost "the list of what has data is not whole" && return 1; fi
     number=0 bytes=0 since=$(now)
@@ -109,7 +109,7 @@ copy_all() {
         fi
         if [ $(($(now) - since)) -ge 5 ]; then
             since=$(now)
-            settle && COPIED=$number && note copying "$bytes"
+            settle && mark begun && COPIED=$number && note copying "$bytes"
             show "copying" "$bytes"
         fi
     done </tmp/pieces
@@ -152,7 +152,7 @@ look_at() {
     done
 }
 
-# Until all are in sync. Fails when a local disk is of no use.
+# Until all are in sync, and on the local disks. Fails when a local disk is of no use.
 fill() {
     for disk in $RWS_DISKS; do begin_filling "$disk" || { without_local "$disk" && return 1; }; done
     while :; do
@@ -170,9 +170,20 @@ fill() {
         done
         [ "$bytes" -le "$TOTAL" ] || bytes=$TOTAL # the last region may be a part of one
         show "filling the local disks" "$bytes"
-        [ -n "$left" ] || return 0
+        [ -n "$left" ] || break
+        mark begun
         note filling "$bytes"
         sleep 2
+    done
+    well
+}
+
+# A write that the local disk did not take is held by the kernel: it must not be the only side by then.
+well() {
+    settle || { without_local "${RWS_DISKS%% *}" && return 1; }
+    for disk in $RWS_DISKS; do
+        look_at "$disk"
+        [ "$HEALTH" = AA ] || { without_local "$disk" && return 1; }
     done
 }
 
@@ -186,7 +197,6 @@ without_local() {
 
 # The server must know first: a boot after a power cut in between would fill the local disks with an older state.
 stand_alone() {
-    until settle; do sleep 1; done
     state alone "$TOTAL"
     for disk in $RWS_DISKS; do
         until swap_table "$disk" "linear $(local_number "$disk") 0"; do sleep 1; done
@@ -195,12 +205,36 @@ stand_alone() {
     done
 }
 
-# A mark behind the client's last sector: the same medium starts the disks then without asking anybody.
-mark() {
+# --- marks ----------------------------------------------------------------------------------------------------------
+
+# A line on a local disk that tells what it is: `rewind SESSION DISK begun` while it gets its content, and without the
+# last word once it is complete: then the same medium starts it without asking anybody. What the hardware says of a disk
+# is not enough: two virtual disks may say the same. It is behind the client's last sector, where nobody looks; on a disk
+# that has no room there it is in the gap before the first partition, if the client has nothing but zeros there.
+choose_places() {
     for disk in $RWS_DISKS; do
-        page=$((($(of_disk SECTORS "$disk") + 7) / 8)) device=$(local_of "$disk")
-        [ $(($(blockdev --getsz "$device") / 8)) -gt "$page" ] || continue
-        echo "rewind $RWS_SESSION $disk" | dd of="$device" bs=4096 seek="$page" count=1 conv=sync,notrunc,fsync 2>/dev/null
+        page=$((($(of_disk SECTORS "$disk") + 7) / 8))
+        if [ $(($(blockdev --getsz "$(local_of "$disk")") / 8)) -le "$page" ]; then
+            page=$(of_disk GAP "$disk")
+            [ -z "$page" ] || [ -z "$(text_at "/dev/mapper/rewind-src-$disk" "$page")" ] || page=''
+        fi
+        [ -n "$page" ] || tell "disk $disk has no room for a mark: only the server knows whether it is complete"
+        echo "$page" >"/tmp/place.$disk"
+    done
+}
+
+text_at() { dd if="$1" bs=4096 skip="$2" count=1 2>/dev/null | tr -d '\000' | head -c 200; } # device, page
+
+mark() { # word
+    for disk in $RWS_DISKS; do
+        page=$(cat "/tmp/place.$disk") device=$(local_of "$disk")
+        [ -n "$page" ] || continue
+        if [ "$page" = "$(of_disk GAP "$disk")" ]; then
+            blockdev --flushbufs "$device" # the client writes by another way
+            case $(text_at "$device" "$page") in '' | "rewind $RWS_SESSION $disk"*) ;; *) continue ;; esac
+        fi
+        echo "rewind $RWS_SESSION $disk${1:+ $1}" |
+            dd of="$device" bs=4096 seek="$page" count=1 conv=sync,notrunc,fsync 2>/dev/null
     done
 }
 
@@ -215,6 +249,8 @@ until_booted() {
 }
 
 copy_first() {
+    choose_places
+    mark begun
     state copying 0
     copy_all || return
     state alone "$TOTAL"
@@ -227,6 +263,8 @@ stream() {
     state booting
     until_booted
     note booting
+    choose_places
+    mark begun
     if fill; then
         stand_alone
         mark

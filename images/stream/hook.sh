@@ -4,7 +4,7 @@
 # fit, and puts the client's disks together. What has to outlive the initrd is `keeper`.
 #
 #   /rw/stream.conf       RWS_* settings (images/stream/settings.py)
-#   /run/rewind/          where the two meet: keeper says ready, lost, alone, gone; this says plan, go, quit, error
+#   /run/rewind/          where the two meet: keeper says ready, lost, alone, gone; this says plan, same, go, quit, error
 #
 #   rewind-src-DISK       the served disk, by a link that waits while the server is away       (keeper)
 #   rewind-DISK           the client's disk: first the served one, then both, then the local one
@@ -110,36 +110,68 @@ check_local() { # disk, local
     grain=$(cat "/sys/block/$2/queue/logical_block_size")
     [ "$grain" -le 512 ] ||
         stream_refuse "local disk $2 has sectors of $grain bytes, and disk $1 of the client has such of 512"
-    [ -z "$RWS_OVERWRITE" ] && [ "$(was_ours "$1")" != "$(identity "$2")" ] || return 0
+    if [ -n "$RWS_OVERWRITE" ] || is_ours "$1" "$2"; then return 0; fi
     [ "$(dd if="/dev/$2" bs=64k count=16 2>/dev/null | tr -d '\000' | head -c 1 | wc -c)" = 0 ] ||
         stream_refuse "local disk $2 is not empty: --overwrite would give its content up for disk $1"
 }
 
-# The local disk that the client's disk $1 began to fill in a boot before this one.
+# What the local disk said of itself that the client's disk $1 began to fill in a boot before this one.
 was_ours() { sed -n "s/^local $1 //p" $MEET/record; }
 
-# Whether the local disks are complete: then there is a mark of this session right behind the client's last sector.
+# Whether it is that one. Where there is room for a mark behind the client's last sector, it was written first.
+is_ours() { # disk, local
+    [ "$(was_ours "$1")" = "$(identity "$2")" ] || return 1
+    [ $(($(cat "/sys/block/$2/size") / 8)) -gt $((($(of_disk SECTORS "$1") + 7) / 8)) ] || return 0
+    is_marked "$1" "$2" ' begun' || is_marked "$1" "$2" ''
+}
+
+is_marked() { # disk, local, what comes behind the disk's name
+    for page in $((($(of_disk SECTORS "$1") + 7) / 8)) $(of_disk GAP "$1"); do
+        mark=$(dd if="/dev/$2" bs=4096 skip="$page" count=1 2>/dev/null | tr -d '\000' | head -n 1)
+        [ "$mark" != "rewind $RWS_SESSION $1$3" ] || return 0
+    done
+    return 1
+}
+
+# Whether the local disks are complete: then each has the mark of that (fill.sh).
 all_marked() {
     for disk in $RWS_DISKS; do
-        found='' page=$((($(of_disk SECTORS "$disk") + 7) / 8))
-        for name in $(local_disks); do
-            mark=$(dd if="/dev/$name" bs=4096 skip="$page" count=1 2>/dev/null | tr -d '\000' | head -n 1)
-            [ "$mark" != "rewind $RWS_SESSION $disk" ] || found=$name
-        done
+        found=''
+        for name in $(local_disks); do ! is_marked "$disk" "$name" '' || found=$name; done
         [ -n "$found" ] || return 1
     done
+}
+
+# After the end of a session its local disks are the client. They are looked for by what the machine has said of them:
+# one that has none of them was started from the image of somebody else.
+find_own() {
+    begun=$(now)
+    for disk in $RWS_DISKS; do
+        until has_own "$disk"; do
+            [ $(($(now) - begun)) -lt "$RWS_LOOK" ] ||
+                stream_refuse "the session is over, and disk $disk is not in this machine: $(was_ours "$disk")"
+            sleep 1
+        done
+    done
+}
+
+has_own() {
+    for name in $(local_disks); do [ "$(was_ours "$1")" != "$(identity "$name")" ] || return 0; done
+    return 1
 }
 
 # --- the client's disks ---------------------------------------------------------------------------------------------
 
 choose_locals() {
-    TAKEN=''
+    TAKEN='' same=yes
     for disk in $RWS_DISKS; do
         find_local "$disk" "$(of_disk SECTORS "$disk")"
         check_local "$disk" "$LOCAL"
+        is_marked "$disk" "$LOCAL" ' begun' || same=''
         echo "$disk $LOCAL $(cat "/sys/block/$LOCAL/dev") $(identity "$LOCAL")"
         tell "disk $disk goes to $LOCAL"
     done >/tmp/plan
+    [ -z "$same" ] || : >$MEET/same # what was copied before is there
     mv /tmp/plan $MEET/plan
 }
 
@@ -220,7 +252,10 @@ else
     # shellcheck disable=SC2153 # of stream.conf
     await ready "waiting for the server $RWS_ADDRESS:$RWS_PORT"
     case $(sed -n 's/^state //p' $MEET/record) in
-        alone | detached) stream_alone ;;
+        alone | detached)
+            find_own
+            stream_alone
+            ;;
         *)
             choose_locals
             if [ "$RWS_MODE" = copy ]; then

@@ -63,9 +63,9 @@ def layout_of(client: Client, volumes: Sequence[Volume], sizes: Mapping[str, int
     return Layout(disks, root, _node(_tagged(usr, volumes)))
 
 
-def plain_layout(sizes: Mapping[str, int]) -> Layout:
+def plain_layout(sizes: Mapping[str, int], volumes: Sequence[Volume] = ()) -> Layout:
     """Of disks that are only copied: nothing is put together of them."""
-    return Layout(tuple(_disk(name, size, ()) for name, size in sizes.items()), "")
+    return Layout(tuple(_disk(name, size, volumes) for name, size in sizes.items()), "")
 
 
 def _disk(name: str, size: int, volumes: Sequence[Volume]) -> Disk:

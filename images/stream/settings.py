@@ -27,6 +27,9 @@ _PROGRAMS = {"rw/stream": "hook.sh", "rw/keeper": "keeper.sh", "rw/fill": "fill.
 _TOOLS = ("nbd-client", "dmsetup", "blkid")
 # Each link has two NBD devices, and the kernel makes 16; one link is for the control file.
 MOST_DISKS = 7
+PAGE = 4096
+# What GRUB puts there is smaller.
+_LEAST_GAP = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +93,16 @@ def stream_conf(stream: Stream) -> bytes:
         values[f"PARTS_{name}"] = " ".join(
             f"{part.name}:{part.number}:{part.offset // SECTOR}:{part.length // SECTOR}" for part in disk.parts
         )
+        values[f"GAP_{name}"] = _gap(disk)
         values[f"LOCAL_{name}"] = stream.local.get(disk.name, "")
     return "".join(f"RWS_{name}={shlex.quote(str(value))}\n" for name, value in values.items()).encode()
+
+
+def _gap(disk: Disk) -> int | str:
+    """The page before the first partition, where a boot loader in the gap ends much earlier; nothing where there is no
+    such gap."""
+    first = min((part.offset for part in disk.parts), default=0)
+    return first // PAGE - 1 if first >= _LEAST_GAP else ""
 
 
 def _shown(disk: Disk) -> list[str]:
