@@ -3,6 +3,7 @@
     every round: records → tasks → schedule.due → one worker thread for each due domain → service.point
                  reverts that nobody drives any more (the host was started anew)      → service.resume
                  domains that were brought up and whose disks nobody fills any more   → service.image.starting.resume
+                 machines that boot from here and that nobody serves any more         → service.image.streaming.resume
                  domains captured continuously whose tap process is gone              → service.tap.ensure
                  the newest point of a domain with `verify_every`, one at a time      → service.image.verifying
 
@@ -30,7 +31,7 @@ from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.errors import Interrupted, Locked, NoSuchPoint, NothingToResume, RewindError, StoreError
 from appliance.process import lives
-from appliance.restore import hydrate
+from appliance.restore import hydrate, serve
 from appliance.schedule import Task, due, next_time
 from appliance.service import Session
 from appliance.service.locks import daemon_lock
@@ -132,32 +133,42 @@ class Daemon:
         return held
 
     def _resume_images(self, pool: ThreadPoolExecutor) -> None:
-        """Domains that were brought up and whose disks nobody fills any more."""
-        for name in hydrate.needed(self._home).values():
-            key = f"image {name}"
-            when, failures = self._resumed.get(key, (0.0, 0))
-            pause = min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else 0.0
-            if lives(hydrate.state(self._home, name).get("key", "")) or key in self._running:
-                continue
-            if time.time() >= when + pause:
-                self._running[key] = pool.submit(self._resume_image, name, key, failures)
+        """Domains and machines that were brought up and whose disks nobody fills any more."""
+        for kind in (hydrate, serve):
+            for name in kind.unfinished(self._home):
+                key = f"image {name}"
+                when, failures = self._resumed.get(key, (0.0, 0))
+                pause = min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else 0.0
+                if lives(kind.state(self._home, name).get("key", "")) or key in self._running:
+                    continue
+                if time.time() >= when + pause:
+                    self._running[key] = pool.submit(self._resume_image, kind is serve, name, key, failures)
 
-    def _resume_image(self, name: str, key: str, failures: int) -> None:
-        from appliance.service.image import starting
+    def _resume_image(self, served: bool, name: str, key: str, failures: int) -> None:
+        from appliance.service.image import starting, streaming
 
         try:
             with Session(self._home, self._session.connect, key=self._session.key) as session:
-                starting.resume(session, name)
+                if served:
+                    streaming.resume(session, name)
+                else:
+                    starting.resume(session, name)
         except RewindError as error:
-            with self._telling:
-                self._resumed[key] = (time.time(), failures + 1)
-            self._say("failed", name, f"{error.message}" + (f" ({error.hint})" if error.hint else ""))
+            self._image_not_resumed(name, key, failures, error.message + (f" ({error.hint})" if error.hint else ""))
+        except Exception as error:
+            log.exception("image %s", name)
+            self._image_not_resumed(name, key, failures, f"unexpected {type(error).__name__}: {error}")
         else:
             with self._telling:
                 self._resumed.pop(key, None)
-            self._say("resumed", name, "its disks are being filled again")
+            self._say("resumed", name, "it is served again" if served else "its disks are being filled again")
         finally:
             self._wake.set()
+
+    def _image_not_resumed(self, name: str, key: str, failures: int, detail: str) -> None:
+        with self._telling:
+            self._resumed[key] = (time.time(), failures + 1)
+        self._say("failed", name, detail)
 
     def _start_taps(self, pool: ThreadPoolExecutor) -> None:
         """Of domains that nobody works on now; the process itself waits for them to run."""

@@ -1,6 +1,7 @@
 """The control file of a streamed session: what server and client tell each other, as a small disk beside the big ones.
 
       0   4096   the client's record, text that it writes as one block: lines `WORD VALUE`, `rewind 1` first, `end` last
+   4096   4096   the client's sign of life: anything that is another every few seconds
   65536   ...    the server's list for a client that copies first: lines `DISK OFFSET LENGTH ZERO` in bytes, `end` last
 
 The client writes it through its link, so a record is durable when the client goes on, and a server that is started
@@ -10,13 +11,14 @@ anew knows what the one before knew. States, in order: `booting`, `filling` or `
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from appliance.extents import Extent
 
-__all__ = ["CONTROL", "Record", "create", "read_record"]
+__all__ = ["CONTROL", "Pace", "Record", "create", "read_record", "sign_of_life"]
 
 CONTROL = "control"
 _BLOCK = 4096
@@ -25,6 +27,8 @@ _LIST = 65536
 _PIECE = 64 << 20
 # A hole that is smaller is copied with what is around it.
 _GAP = 1 << 20
+# What a rate is of, in seconds.
+_SPAN = 30.0
 _STATES = ("booting", "filling", "copying", "alone", "detached", "refused")
 
 
@@ -47,6 +51,26 @@ class Record:
     def alone(self) -> bool:
         """Whether the client needs nothing of the session any more."""
         return self.state in ("alone", "detached")
+
+
+class Pace:
+    """How fast the local disks fill, from what the machine says of itself."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def of(self, record: Record, now: float) -> int:
+        """Bytes a second in the last half minute; 0 while nothing is filled."""
+        if record.state not in ("filling", "copying"):
+            self._seen.clear()
+            return 0
+        if self._seen and record.done < self._seen[-1][1]:
+            self._seen.clear()  # it has begun again
+        self._seen.append((now, record.done))
+        while self._seen[0][0] < now - _SPAN:
+            self._seen.popleft()
+        (begun, least), (ended, most) = self._seen[0], self._seen[-1]
+        return int((most - least) / (ended - begun)) if ended - begun >= 1 else 0
 
 
 def create(path: Path, extents: Mapping[str, Iterable[Extent]]) -> None:
@@ -87,6 +111,12 @@ def read_record(path: Path) -> Record:
         service=_service(words.get("service", "")),
         local={_printable(disk): _printable(one) for disk, one in local.items()},
     )
+
+
+def sign_of_life(path: Path) -> bytes:
+    """What a client that lives changes every few seconds."""
+    with path.open("rb") as file:
+        return file.read(2 * _BLOCK)
 
 
 def _pieces(extents: Iterable[Extent]) -> Iterable[Extent]:

@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
     from appliance.store import Repository, RepositorySpec
 
-__all__ = ["Hydration", "Order", "folder", "launch", "load", "names", "needed", "socket_path", "state", "tidy"]
+__all__ = [
+    "Hydration", "Order", "folder", "launch", "load", "names", "needed", "socket_path", "state", "tidy", "unfinished",
+]  # fmt: skip
 
 _KIND = "images"
 _TICK = 0.5
@@ -114,14 +116,15 @@ def state(home: Home, name: str) -> dict[str, Any]:
     return outliving.state(home, _KIND, name)
 
 
+def unfinished(home: Home) -> list[str]:
+    """Domains whose disks are not their own yet."""
+    return outliving.unfinished(home, _KIND)
+
+
 def needed(home: Home) -> dict[str, str]:
-    """Points that domains still read their disks from → the domain."""
-    found = {}
-    for name in names(home):
-        order = load(home, name)
-        if order is not None and state(home, name).get("phase") != "done":
-            found[order.point] = name
-    return found
+    """Points that domains still read their disks from → one such domain."""
+    orders = {name: load(home, name) for name in unfinished(home)}
+    return {order.point: name for name, order in orders.items() if order is not None}
 
 
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:

@@ -21,7 +21,7 @@ from appliance.config import Home, write_json
 from appliance.errors import ConfigError, RestoreError
 from appliance.process import Child, lives
 
-__all__ = ["await_state", "folder", "names", "order", "start", "state", "write_state"]
+__all__ = ["await_state", "folder", "names", "order", "start", "state", "unfinished", "write_state"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,62}")
 
@@ -38,6 +38,11 @@ def folder(home: Home, kind: str, name: str) -> Path:
 def names(home: Home, kind: str) -> list[str]:
     """Of all that have an order, sorted."""
     return sorted(path.parent.name for path in (home.path / kind).glob("*/order.json"))
+
+
+def unfinished(home: Home, kind: str) -> list[str]:
+    """Of those that do not say that they are done; somebody has to do it, also after this host was restarted."""
+    return [name for name in names(home, kind) if state(home, kind, name).get("phase") != "done"]
 
 
 def order(home: Home, kind: str, name: str) -> dict[str, Any] | None:

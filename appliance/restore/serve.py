@@ -3,31 +3,31 @@
     point ◄─ view (kept.py) ◄─ overlay of the session ◄─ qemu-storage-daemon ◄─ TLS ◄─ the machine
 
 What the machine writes goes into the overlays, which are durable when it is told so: the point never changes, and a
-machine that loses its power, or a server that is killed, goes on from there. The exports are written through: the
-machine believes a write that was answered, and a server that is killed must not forget it with its own cache.
+machine that loses its power, or a server that is killed, goes on from there. One machine at a time is served, claim.py.
 
     HOME/streams/NAME/order.json      what it has to do, written once
-    HOME/streams/NAME/state.json      {"key": its process, "view", "slot", "served", "ready", "phase", "done", "total",
-                                       "read", "written", "boots", "service", "error"}
+    HOME/streams/NAME/state.json      {"key": its process, "view", "slot", "served", "ready", "answers", "phase",
+                                       "done", "total", "rate", "read", "written", "boots", "service", "heard", "error"}
     HOME/streams/NAME/DISK.qcow2      what the machine has written to that disk
     HOME/streams/NAME/control         what it has said (control.py)
+    HOME/streams/NAME/claim           which machine it is (claim.py)
     HOME/streams/NAME/tls/            the certificates of the session, if there are any
 
 Phases: `waiting` (nobody came yet), `booting`, `pulling` or `copying`, `done` (the machine is alone), and for those who
-look: `stopped` when the process has died before. It ends when the machine says that it has let go. Its repository
-session keeps gc away from what still has to be read.
+look: `stopped` when the process has died before. `answers`: a machine would be served now. `rate`: bytes a second that
+the local disks got in the last half minute. `heard`: when its machine last gave a sign of life, in seconds of Unix, 0
+for never. It ends when the machine says that it has let go. Its repository session keeps gc away from what still has to
+be read.
 
     python -m appliance.restore.serve HOME NAME [SETTINGS]
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -38,30 +38,27 @@ from typing import TYPE_CHECKING, Any
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
 from appliance.errors import RestoreError, RewindError
 from appliance.model import MapRef
-from appliance.process import Child, alone, lives, process_key, run
+from appliance.process import alone, lives, process_key, run
+from appliance.restore import claim as claims
 from appliance.restore import outliving
-from appliance.restore.control import CONTROL, Record, read_record
-from appliance.restore.kept import KeptView, kill
+from appliance.restore.control import CONTROL, Pace, Record, read_record, sign_of_life
+from appliance.restore.kept import KeptView, kill, views_of
+from appliance.restore.storagedaemon import Place, StorageDaemon
 
 if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
     from appliance.store import RepositorySpec
 
-__all__ = ["Order", "Serving", "folder", "launch", "load", "names", "needed", "phase_of", "prepare", "state", "tidy"]
+__all__ = [
+    "Order", "Serving", "folder", "launch", "load", "names", "needed", "phase_of", "prepare", "state", "tidy",
+    "unfinished",
+]  # fmt: skip
 
 _KIND = "streams"
 _TICK = 0.5
 _START = 60.0
-_AGAIN = 2.0
-_LOOK = 5.0
 # After the last word of the machine, which it has to hear an answer to.
 _GRACE = 10.0
-# A daemon that greets nobody for so long hangs.
-_SILENT = 30.0
-# Reads of the view wait for so long while it is brought back; then the machine is told of an error, and tries again.
-_RECONNECT = 300
-_GREETING = b"NBDMAGICIHAVEOPT"
-_GOODBYE = b"\0\0\0\1IHAVEOPT\0\0\0\2\0\0\0\0"
 _PHASES = {
     "": "waiting", "refused": "waiting", "booting": "booting", "filling": "pulling", "copying": "copying",
     "alone": "done", "detached": "done",
@@ -123,9 +120,14 @@ def state(home: Home, name: str) -> dict[str, Any]:
     return outliving.state(home, _KIND, name)
 
 
+def unfinished(home: Home) -> list[str]:
+    """Sessions whose machines are not alone yet, or have not come."""
+    return outliving.unfinished(home, _KIND)
+
+
 def needed(home: Home) -> dict[str, str]:
-    """Points that machines still read their disks from → the session."""
-    orders = {name: load(home, name) for name in names(home) if state(home, name).get("phase") != "done"}
+    """Points that machines still read their disks from → one such session."""
+    orders = {name: load(home, name) for name in unfinished(home)}
     return {order.point: name for name, order in orders.items() if order is not None}
 
 
@@ -144,6 +146,7 @@ def prepare(home: Home, order: Order, certificates: Mapping[str, bytes]) -> Path
     where.mkdir(mode=0o700)
     for disk, ref in order.exports.items():
         run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", where / f"{disk}.qcow2", str(ref.size)])
+    claims.create(where / claims.CLAIM)
     (where / "tls").mkdir(mode=0o700)
     for name, data in certificates.items():
         path = where / "tls" / name
@@ -159,6 +162,10 @@ def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> 
     outliving.await_state(home, _KIND, order.name, _is_ready, _START, "the server")
 
 
+def _socket(home: Home, uuid: str) -> Path:
+    return home.run(uuid) / "stream.sock"
+
+
 def _is_ready(found: Mapping[str, Any]) -> bool:
     """Of a state: an old one says nothing of a process that has just begun."""
     return found.get("phase") == "done" or (bool(found.get("ready")) and lives(found.get("key", "")))
@@ -166,9 +173,11 @@ def _is_ready(found: Mapping[str, Any]) -> bool:
 
 def tidy(home: Home, name: str) -> None:
     """End a session and forget it, with what its machine has written. May be repeated."""
-    found = state(home, name)
+    found, order = state(home, name), load(home, name)
     kill(found.get("key", ""))
     kill(found.get("view", ""))
+    for view in views_of(_socket(home, order.uuid)) if order is not None else ():
+        kill(view)  # of a server that was killed before it could write it down
     shutil.rmtree(folder(home, name), ignore_errors=True)
 
 
@@ -184,9 +193,14 @@ class Serving:
             raise RestoreError(reason=f"nothing is known of a session called {name!r}")
         self._home, self._order, self._settings = home, order, settings
         self._folder = folder(home, name)
-        self._socket = home.run(order.uuid) / "stream.sock"
+        self._socket = _socket(home, order.uuid)
         self._view = KeptView(name, self._make_view, self._socket, settings.view_timeout)
-        self._daemon = _Daemon(order, self._folder, self._socket, home.log / "serve-daemon.log")
+        place = Place(order.host, order.port, order.tls)
+        log = home.log / "serve-daemon.log"
+        self._daemon = StorageDaemon(name, place, order.exports, self._folder, self._socket, log)
+        self._claims = claims.Claims(self._folder / claims.CLAIM, time.monotonic)
+        self._pace = Pace()
+        self._life, self._heard = b"", 0.0
         self._written: dict[str, Any] = {}
         self._detached = 0.0
 
@@ -197,6 +211,7 @@ class Serving:
                 return
             before = state(self._home, self._order.name)
             self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
+            self._life, self._heard = sign_of_life(self._folder / CONTROL), float(before.get("heard", 0.0))
             spec = self._spec()
             if spec.key_fd is not None:
                 spec = replace(spec, key_fd=os.dup(spec.key_fd))  # it is closed when it has been read
@@ -209,13 +224,27 @@ class Serving:
     def _step(self) -> bool:
         """Whether all is done."""
         self._view.tend("point")
+        self._listen()
         if self._view.key:
-            self._daemon.tend()
+            self._daemon.tend(self._claims.answer.granted)
         record = read_record(self._folder / CONTROL)
         self._note(record)
         if record.state == "detached" and not self._detached:
             self._detached = time.monotonic()
         return bool(self._detached) and time.monotonic() - self._detached > _GRACE
+
+    def _listen(self) -> None:
+        """For a sign of life first: who is granted depends on it."""
+        if (life := sign_of_life(self._folder / CONTROL)) != self._life:
+            self._life, self._heard = life, time.time()
+            self._claims.heard()
+        before = self._claims.answer
+        try:
+            self._claims.tend()
+        except OSError as error:
+            _log.warning("%s: cannot answer who has asked: %s", self._order.name, error)
+        if (answer := self._claims.answer) != before:
+            _log.info("%s: serves %s, refused: %s", self._order.name, answer.machine, answer.refused or "nobody")
 
     def _spec(self) -> RepositorySpec:
         from appliance.store import RepositorySpec
@@ -238,96 +267,24 @@ class Serving:
     def _note(self, record: Record) -> None:
         now = {
             "key": process_key(os.getpid()), "view": self._view.key, "slot": self._view.slot,
-            "served": self._view.served, "ready": self._daemon.ready, "phase": _PHASES[record.state],
+            "served": self._view.served, "ready": self._daemon.ready,
+            "answers": self._daemon.answers and bool(self._view.key), "phase": _PHASES[record.state],
             "done": record.done, "total": record.total or sum(ref.size for ref in self._order.exports.values()),
-            "read": record.read, "written": record.written, "boots": record.boots, "service": record.service,
-            "error": self._view.error or self._daemon.error or record.error,
+            "rate": self._pace.of(record, time.monotonic()), "read": record.read, "written": record.written,
+            "boots": record.boots, "service": record.service, "heard": self._heard,
+            "error": self._view.error or self._daemon.error or record.error or self._sent_away(),
         }  # fmt: skip
-        if now != self._written:
+        if now == self._written:
+            return
+        try:
             outliving.write_state(self._folder, now)
             self._written = now
+        except OSError as error:  # a full disk must not take the machine's root with it
+            _log.warning("cannot write down how %s stands: %s", self._order.name, error)
 
-
-class _Daemon:
-    """The qemu-storage-daemon of a session, started anew when it has died or hangs; the machine waits meanwhile. It
-    dies with us: nobody would look after it. `ready` is whether it has greeted."""
-
-    def __init__(self, order: Order, folder: Path, view: Path, log: Path) -> None:
-        self._order, self._folder, self._view, self._log = order, folder, view, log
-        self._child: Child | None = None
-        self._next_start = self._next_look = self._seen = 0.0
-        self.ready = False
-        self.error = ""
-
-    def tend(self) -> None:
-        """To be called again and again."""
-        now = time.monotonic()
-        if self._child is not None and not self._child.alive():
-            self.error = f"the storage daemon has ended: {self._child.tail().splitlines()[-1:]}"
-            _log.warning("%s: %s", self._order.name, self.error)
-            self.stop()
-        if self._child is None and now >= self._next_start:
-            self._next_start = now + _AGAIN
-            self._child = Child(self._command(), name="qemu-storage-daemon", log=self._log)
-            self._seen, self._next_look = now, 0.0
-        if self._child is not None and now >= self._next_look:
-            self._look(now)
-
-    def _look(self, now: float) -> None:
-        greeted = _greets(self._order.host, self._order.port)
-        self.ready |= greeted
-        self._next_look = now + (_LOOK if greeted else 0.1)
-        if greeted:
-            self._seen, self.error = now, ""
-        elif now - self._seen > _SILENT:
-            _log.warning("%s: the storage daemon answers nobody: another takes its place", self._order.name)
-            self.stop()
-
-    def stop(self) -> None:
-        """May be repeated."""
-        child, self._child = self._child, None
-        if child is not None:
-            child.stop()
-
-    def _command(self) -> list[str | Path]:
-        order = self._order
-        server = f"addr.type=inet,addr.host={order.host},addr.port={order.port}"
-        words: list[str | Path] = ["qemu-storage-daemon"]
-        if order.tls:
-            place = str(self._folder / "tls")
-            tls = {"qom-type": "tls-creds-x509", "id": "tls", "dir": place, "endpoint": "server", "verify-peer": True}
-            words += ["--object", json.dumps(tls)]
-            server += ",tls-creds=tls"
-        words += ["--nbd-server", server]
-        for disk in order.exports:
-            words += self._disk(disk)
-        control = {"driver": "file", "node-name": CONTROL, "filename": str(self._folder / CONTROL)}
-        return [*words, "--blockdev", json.dumps(control), *_export(CONTROL, CONTROL)]
-
-    def _disk(self, disk: str) -> list[str]:
-        view = {
-            "driver": "nbd", "node-name": f"view-{disk}", "read-only": True, "reconnect-delay": _RECONNECT,
-            "server": {"type": "unix", "path": str(self._view)}, "export": disk,
-        }  # fmt: skip
-        overlay = {
-            "driver": "qcow2", "node-name": f"disk-{disk}", "backing": f"view-{disk}",
-            "file": {"driver": "file", "filename": str(self._folder / f"{disk}.qcow2")},
-        }  # fmt: skip
-        return ["--blockdev", json.dumps(view), "--blockdev", json.dumps(overlay), *_export(disk, f"disk-{disk}")]
-
-
-def _export(name: str, node: str) -> list[str]:
-    return ["--export", f"type=nbd,id={name},name={name},node-name={node},writable=on,writethrough=on"]
-
-
-def _greets(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1" if host == "0.0.0.0" else host, port), timeout=2.0) as client:
-            greeted = client.recv(len(_GREETING) + 2).startswith(_GREETING)
-            client.sendall(_GOODBYE)  # one that just leaves is an error in the daemon's log
-            return greeted
-    except OSError:
-        return False
+    def _sent_away(self) -> str:
+        refused = self._claims.answer.refused
+        return f"boot {refused} was refused: {self._claims.answer.why}" if refused else ""
 
 
 def main(argv: list[str]) -> int:

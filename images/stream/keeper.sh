@@ -5,6 +5,8 @@
 #
 #   keeper enter          make that root and go into it                keeper stay          what it does there
 #
+# The server serves one boot of one machine at a time, which has to ask first.
+#
 # A link is a device-mapper multipath with one path, an NBD device. When the connection breaks, the kernel fails the NBD
 # device's requests and multipath keeps them; a new connection by a second NBD device takes the place of the path, and
 # they go on there. (nbd-client's own -persist answers them with errors, and the kernel's way to connect again is one
@@ -136,11 +138,65 @@ connect() { # export, device
     exec -a @rewind-link /rw/lib/ld.so --library-path /rw/lib /rw/bin/nbd-client "$@"
 }
 
+# --- one machine at a time -----------------------------------------------------------------------------------------
+
+# This boot, and this machine. The exports that the server gives to it have the boot's name in theirs.
+name_boot() {
+    BOOT=$(tr -d - </proc/sys/kernel/random/boot_id | cut -c1-16)
+    MACHINE=$(cat /sys/class/dmi/id/product_uuid /sys/class/dmi/id/board_serial "/sys/class/net/$CARD/address" 2>/dev/null |
+        tr -s ' \n' . | tr -cd 'A-Za-z0-9.:_-' | cut -c1-200)
+}
+
+# Asks the server whether this machine may be served (appliance/restore/claim.py), for as long as it takes: one that
+# was served before is given a few seconds to be heard of. The connection breaks when the server takes us.
+ask_for_leave() {
+    since=$(now) told='' LEAVE=''
+    while [ -z "$LEAVE" ]; do
+        (connect claim nbd0) >/tmp/said.claim 2>&1 &
+        client=$!
+        while [ ! -e /sys/block/nbd0/pid ] && kill -0 $client 2>/dev/null; do sleep 0.1; done
+        while [ -z "$LEAVE" ] && [ -e /sys/block/nbd0/pid ]; do ask; done
+        kill $client 2>/dev/null
+        wait $client
+        [ -n "$LEAVE" ] || without_server claim claim
+    done
+    [ "$LEAVE" = yes ] || exit
+}
+
+ask() {
+    doing "the server decides whether this machine is served"
+    since=$(now)
+    printf 'rewind 1\nboot %s\nmachine %s\nend\n' "$BOOT" "$MACHINE" |
+        dd of=/dev/nbd0 bs=4096 conv=sync,notrunc,fsync 2>/dev/null || return
+    for _ in 1 2 3 4 5 6 7 8 9 10; do # then once more: somebody else may have asked at the same time
+        blockdev --flushbufs /dev/nbd0
+        dd if=/dev/nbd0 bs=4096 skip=1 count=1 2>/dev/null | tr -d '\000' >/tmp/answer
+        ! grep -qx "granted $BOOT" /tmp/answer || LEAVE=yes
+        if grep -q "^refused $BOOT " /tmp/answer; then
+            LEAVE=no
+            lost "$(sed -n "s/^refused $BOOT //p" /tmp/answer)"
+        fi
+        if [ -n "$LEAVE" ] || [ ! -e /sys/block/nbd0/pid ]; then return; fi
+        sleep 0.5
+    done
+}
+
+# Whoever asks after us is sent away for it.
+give_signs() {
+    while [ ! -e /tmp/end ]; do
+        echo "$BOOT lives at $(now)" |
+            dd of=/dev/mapper/rewind-src-control bs=4096 seek=1 count=1 conv=sync,notrunc,fsync 2>/dev/null
+        sleep 3
+    done
+}
+
+# --- links that last -------------------------------------------------------------------------------------------------
+
 # Keeps one link for ever. $2 is the number of the first of its two NBD devices; the one that is not in use is next.
 keep_link() { # export, number
     map=rewind-src-$1 next=$2 since=$(now) told=''
     while [ ! -e /tmp/end ]; do
-        (connect "$1" "nbd$next") >"/tmp/said.$1" 2>&1 &
+        (connect "$1-$BOOT" "nbd$next") >"/tmp/said.$1" 2>&1 &
         client=$!
         echo $client >"/tmp/client.$1"
         while [ ! -e "/sys/block/nbd$next/pid" ] && kill -0 $client 2>/dev/null; do sleep 0.1; done
@@ -239,7 +295,10 @@ stay() {
     noting='' shown='' SERVICE='' TOTAL=0
     for disk in $RWS_DISKS; do TOTAL=$((TOTAL + $(of_disk SECTORS "$disk") * 512)); done
     network
+    name_boot
+    ask_for_leave
     links
+    give_signs &
     read_record
     : >$MEET/ready
     until_file go quit error

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -25,13 +26,14 @@ from appliance import nbd
 from appliance.config import Home
 from appliance.restore import control, serve
 from appliance.restore.export import ViewServer
-from appliance.store import Key, Repository, RepositorySpec, open_backend
+from appliance.service import Session
+from appliance.service.setup import init
 from appliance.units import CHUNK
 from images.build import build_image
 from images.model import Firmware
 from images.stream.layout import Disk, Layout, Part
 from images.stream.settings import MODULES, Stream, with_stream
-from images.stream.tls import make_certificates
+from images.stream.tls import Certificates, make_certificates
 from images.template.settings import Settings
 from tests.support import imagekit
 from tests.support.limits import limit
@@ -109,15 +111,12 @@ class Source:
         self.folder = folder
         self.disk = _disk(folder)
         self.home = Home(Path(tempfile.mkdtemp(prefix="rws")))
-        self.home.create()
         self.order: serve.Order | None = None
 
     def __enter__(self) -> Source:
-        key = Key.generate()
-        key.save(self.home.key_file)
-        url = str(self.home.path / "repo")
-        Repository.create(open_backend(url), cache=self.home.cache, key=key).close()
-        self.spec = RepositorySpec(url, self.home.cache, self.home.key_file)
+        with Session(self.home) as session:
+            init(session)
+            self.spec = session.spec
         data = self.disk.read_bytes()
         with self.spec.open() as repo, repo.writer() as writer:
             pieces = {at // CHUNK: data[at : at + CHUNK] for at in range(0, len(data), CHUNK)}
@@ -130,21 +129,27 @@ class Source:
             serve.tidy(self.home, self.order.name)
         shutil.rmtree(self.home.path, ignore_errors=True)
 
-    def image(self, folder: Path, mode: str = "stream", **options) -> Path:
-        """An ISO, and the session that it belongs to."""
-        session, port = f"rewind-{uuid.uuid4().hex[:16]}", free_port()
+    def serve(self, mode: str = "stream", image: str = "") -> Certificates:
+        """A session, whose server has greeted."""
+        session = f"rewind-{uuid.uuid4().hex[:16]}"
         certificates = make_certificates(session)
         self.order = serve.Order(
             "tiny", session, str(uuid.uuid4()), "point", "target", self.spec.to_json(), {"vda": self.map}, "127.0.0.1",
-            port, True, mode, str(folder),
+            free_port(), True, mode, image,
         )  # fmt: skip
         where = serve.prepare(self.home, self.order, certificates.server)
         control.create(where / control.CONTROL, {"vda": self._extents()} if mode == "copy" else {})
         serve.launch(self.home, self.order)
+        return certificates
+
+    def image(self, folder: Path, mode: str = "stream", **options) -> Path:
+        """An ISO, and the session that it belongs to."""
+        certificates, order = self.serve(mode, str(folder)), self.order
+        assert order is not None
         root = Part("vda1", 1, _ROOT_OFFSET, _ROOT_BYTES)
         layout = Layout((Disk("vda", DISK_BYTES, (root,)),), "/dev/mapper/rewind-vda1")
         told = {"own": "10.0.2.16/24", "timeout": 10, "region": 1024, **options}
-        stream = Stream(session, "10.0.2.2", port, layout, mode, tls=certificates.client, **told)
+        stream = Stream(order.session, "10.0.2.2", order.port, layout, mode, tls=certificates.client, **told)
         client = imagekit.client()
         plan = imagekit.plan(client, imagekit.inventory(Firmware.BIOS), "nvme", "e1000e", "nbd", *MODULES)
         settings = with_stream(Settings(linger_seconds=2), stream)
@@ -221,6 +226,14 @@ class Machine:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait(30)
+
+    def hold(self) -> None:
+        """It does nothing any more, as a machine whose hypervisor has paused it."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After `hold`, as if nothing had been."""
+        self._process.send_signal(signal.SIGCONT)
 
     def said(self, word: str) -> dict[str, str]:
         """`word NAME MD5` lines as a dict."""

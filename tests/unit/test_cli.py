@@ -27,9 +27,11 @@ import pytest
 from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.cli import main
-from appliance.config import Home
+from appliance.config import Home, write_json
 from appliance.hypervisor.base import Disk, DomainState
-from appliance.model import Consistency, DiskPoint, Point, PointStats, Timeline
+from appliance.model import Consistency, DiskPoint, MapRef, Point, PointStats, Timeline
+from appliance.process import process_key
+from appliance.restore import outliving, serve
 from appliance.service import Session
 from appliance.timeline.ledger import Ledger
 from appliance.units import CHUNK
@@ -1167,6 +1169,51 @@ def test_status_warns_of_a_silent_hypervisor_and_of_a_missing_daemon(web):
     with locks.daemon_lock(home).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert web.json("status")[0]["daemon"] is True
+
+
+def streams_to_a_machine(web, **state):
+    """A session that is 64 MiB large, with a process that lives."""
+    exports = {"vda": MapRef(b"x" * 16, 64 << 20, 3)}
+    order = serve.Order(
+        "rack", "rewind-1", UUID, NEWEST, "rack7", "{}", exports, "127.0.0.1", 10809, True, "stream", "/i"
+    )  # fmt: skip
+    home = Home(web.home)
+    if serve.load(home, "rack") is None:
+        serve.prepare(home, order, {})
+        write_json(serve.folder(home, "rack") / "order.json", order.to_json())
+    key = process_key(os.getpid())
+    outliving.write_state(serve.folder(home, "rack"), {"key": key, "total": 64 << 20, **state})
+
+
+def test_status_shows_how_far_a_machine_is_that_boots_from_here(web):
+    """P6-14: phase, how far, what is left, how fast, whether it would be answered now, and when it was last heard."""
+    now = {"phase": "pulling", "done": 16 << 20, "rate": 2 << 20, "answers": True, "heard": time.time() - 100}
+    streams_to_a_machine(web, **now)
+    found = web.json("status")
+    assert found[0]["images"] == 1
+    (one,) = [line for line in found if line["type"] == "image-streamed"]
+    assert (one["name"], one["phase"], one["rate"], one["answers"]) == ("rack", "pulling", 2 << 20, True)
+    assert (one["done_bytes"], one["left_bytes"], one["left"]) == (16 << 20, 48 << 20, ["vda"])
+    assert 100 <= one["silent_seconds"] < 130
+    web("status")
+    assert "filling vda: 16 MiB of 64 MiB, 48 MiB left at 2 MiB/s" in web.out
+    assert "nothing was heard of its machine for" in web.out and "answered" not in web.out
+    streams_to_a_machine(web, phase="booting", answers=False)
+    (one,) = [line for line in web.json("status") if line["type"] == "image-streamed"]
+    assert one["silent_seconds"] is None and not one["answers"]
+    assert web("status", "web") in (0, 1) and "rack" not in web.out
+    web("status")
+    assert "no machine is answered now" in web.out
+
+
+def test_status_shows_a_machine_that_nobody_serves_any_more(web):
+    streams_to_a_machine(web, phase="pulling", done=16 << 20, rate=5, answers=True, key="1:0")
+    assert web("status") == 1
+    assert "`rewind image resume` goes on" in web.out
+    (one,) = [line for line in web.json("status") if line["type"] == "image-streamed"]
+    assert (one["phase"], one["rate"], one["answers"], one["left_bytes"]) == ("stopped", 0, False, 48 << 20)
+    streams_to_a_machine(web, phase="done", key="1:0")
+    assert web.json("status")[0]["images"] == 0
 
 
 def test_doctor_never_fails_but_says_what_is_wrong(web):

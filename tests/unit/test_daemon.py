@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import threading
 import time
@@ -20,8 +21,10 @@ from appliance.config import Home
 from appliance.daemon import Daemon
 from appliance.errors import DomainNotFound, Locked, NoSuchTemplate, NotRecoverable
 from appliance.model import Consistency, Point
+from appliance.process import process_key
+from appliance.restore import hydrate, serve
 from appliance.service import Session
-from appliance.service.image import evidence, scheduled, verifying
+from appliance.service.image import evidence, scheduled, starting, streaming, verifying
 from appliance.service.setup import init
 from appliance.service.underway import Pending
 from images.verify.judge import Verdict
@@ -179,6 +182,54 @@ def test_a_revert_that_cannot_be_ended_is_told_and_tried_later(session, monkeypa
     daemon._resumed["uuid-web"] = (time.time() - 61, 2)
     run_for(daemon, 0.3)
     assert reverts.calls == ["web", "web"]
+
+
+class Images:
+    """Pretends that machines and domains were brought up from this home, and that nobody works for them any more."""
+
+    def __init__(self, monkeypatch, home):
+        self.home, self.calls, self.broken = home, [], None
+        monkeypatch.setattr(streaming, "resume", lambda _session, name: self.again("served", name))
+        monkeypatch.setattr(starting, "resume", lambda _session, name: self.again("filled", name))
+
+    def add(self, kind, name, **state):
+        where = kind.folder(self.home, name)
+        where.mkdir(parents=True)
+        # Two of one point: each of them is needed.
+        (where / "order.json").write_text("{}")
+        (where / "state.json").write_text(json.dumps(state))
+
+    def again(self, how, name):
+        self.calls.append((how, name))
+        if self.broken:
+            raise self.broken
+
+
+def test_what_was_brought_up_goes_on_after_the_host_was_restarted(session, monkeypatch):
+    """P6-14: machines that boot from here are served again, domains' disks filled, each of them; what is done or has a
+    process is left alone."""
+    images, events = Images(monkeypatch, session.home), []
+    for name in ("rack1", "rack2"):
+        images.add(serve, name, phase="pulling", key="1:0")
+        images.add(hydrate, f"twin-{name}", phase="pulling", key="1:0")
+    images.add(serve, "new")  # it was killed before it could say anything
+    images.add(serve, "alone", phase="done", key="1:0")
+    images.add(serve, "well", phase="booting", key=process_key(os.getpid()))
+    daemon = Daemon(session, events.append)
+    daemon.round()
+    expected = [("served", "new"), ("served", "rack1"), ("served", "rack2")]
+    assert sorted(images.calls) == [("filled", "twin-rack1"), ("filled", "twin-rack2"), *expected]
+    assert {one.kind for one in events} == {"resumed"} and len(events) == 5
+
+
+@pytest.mark.parametrize("broken", [NotRecoverable(point="p", reason="no repository"), ZeroDivisionError("surprise")])
+def test_a_machine_that_cannot_be_served_again_is_told_and_tried_later(broken, session, monkeypatch):
+    images, events = Images(monkeypatch, session.home), []
+    images.add(serve, "rack1", phase="pulling", key="1:0")
+    images.broken = broken
+    daemon = Daemon(session, events.append)
+    run_for(daemon, 0.4)
+    assert images.calls == [("served", "rack1")] and [one.kind for one in events] == ["failed"]
 
 
 def test_a_protection_that_comes_later_is_noticed(session, monkeypatch):

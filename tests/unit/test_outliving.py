@@ -46,9 +46,9 @@ def test_a_point_is_needed_until_it_is_done(home, kind, order):
     assert kind.names(home) == [name]
     assert kind.needed(home) == {order.point: name}
     outliving.write_state(where, {"phase": "pulling"})
-    assert kind.needed(home) == {order.point: name}
+    assert kind.needed(home) == {order.point: name} and kind.unfinished(home) == [name]
     outliving.write_state(where, {"phase": "done"})
-    assert kind.needed(home) == {}
+    assert kind.needed(home) == {} and kind.unfinished(home) == []
     kind.tidy(home, name)
     assert kind.names(home) == [] and kind.load(home, name) is None
 

@@ -39,6 +39,7 @@ def test_what_the_initrd_is_told():
     found = told(local={"vda": "/dev/sda"}, blank=True)
     assert found["RWS_DISKS"] == "vda vdb" and found["RWS_SECTORS_vda"] == "131072"
     assert found["RWS_PARTS_vda"] == "vda1:1:2048:65536" and found["RWS_PARTS_vdb"] == ""
+    assert found["RWS_GAP_vda"] == "255" and found["RWS_GAP_vdb"] == ""
     # A disk with partitions is seen only by these, or its partition table would be looked at too.
     assert found["RWS_SHOWN"] == "vda1 vdb"
     assert found["RWS_LOCAL_vda"] == "/dev/sda" and found["RWS_LOCAL_vdb"] == ""
@@ -68,6 +69,13 @@ def test_gateway_only_where_it_is_needed():
 def test_what_cannot_be_told_is_refused(changes):
     with pytest.raises(ConfigError):
         told(**changes)
+
+
+@pytest.mark.parametrize(("offset", "page"), [(MIB, "255"), (32256, ""), (512 << 10, "127")])
+def test_gap_before_the_first_partition(offset, page):
+    """An old partition table has its first partition in sector 63: what is before belongs to the boot loader."""
+    parts = (Part("vda2", 2, 8 * MIB, MIB), Part("vda1", 1, offset, MIB))
+    assert told(layout=Layout((Disk("vda", 64 * MIB, parts),), ""))["RWS_GAP_vda"] == page
 
 
 def test_nothing_is_a_command():
@@ -207,6 +215,28 @@ def test_pieces_cover_the_disk(tmp_path):
 def test_new_control_file_is_an_empty_record(tmp_path):
     control.create(tmp_path / "control", {})
     assert control.read_record(tmp_path / "control") == control.Record()
+
+
+@pytest.mark.parametrize(("state", "rate"), [("filling", 3), ("copying", 3), ("booting", 0), ("alone", 0)])
+def test_pace_is_of_the_last_half_minute(state, rate):
+    pace = control.Pace()
+    for second in range(100):
+        found = pace.of(control.Record(state=state, done=1000 * min(second, 50) + 3 * second), float(second))
+    assert found == rate
+    assert pace.of(control.Record(state="filling"), 101.0) == 0  # it has begun again
+
+
+def test_sign_of_life_is_what_a_machine_writes(tmp_path):
+    """Its record, and what it writes beside it when there is nothing to tell."""
+    path = tmp_path / "control"
+    control.create(path, {})
+    seen = {control.sign_of_life(path)}
+    for offset in (0, 4096):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"alive")
+        seen.add(control.sign_of_life(path))
+    assert len(seen) == 3
 
 
 # --- the server ---

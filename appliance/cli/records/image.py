@@ -154,6 +154,10 @@ class ImageStreamed(Record):
     phase: str
     done_bytes: int
     total_bytes: int
+    left_bytes: int
+    rate: int
+    answers: bool
+    silent_seconds: float | None
     read_bytes: int
     written_bytes: int
     boots: int

@@ -93,6 +93,7 @@ class Status(Record):
     points: int
     domains: int
     daemon: bool
+    images: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, rate_option
 from appliance.cli.settling import after_options, chosen
 from appliance.cli.text import clock, counted
-from appliance.cli.verbs.streaming import emit_streamed, serve_command
+from appliance.cli.verbs.streaming import emit_running, emit_streamed, serve_command
 from appliance.cli.verbs.verification import evidence_command, verify_command
 from appliance.errors import (
     AlreadyExists,
@@ -44,7 +44,6 @@ from appliance.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from appliance.service.image.making import Planned
-    from appliance.service.image.starting import Running
     from appliance.service.image.targets import Target
     from images.model import Inventory
 
@@ -408,7 +407,7 @@ def _start(
         context.output.emit(record, "\n".join(lines))
         if not background:
             with context.output.meter(f"disks of {name}") as meter:
-                _emit_running(context, starting.follow(session, name, meter.update))
+                emit_running(context, starting.follow(session, name, meter.update))
 
 
 @verb("list")
@@ -419,7 +418,7 @@ def _list(context: Context) -> None:
     with context.session() as session:
         found, served = starting.listing(session), streaming.listing(session)
     for one in found:
-        _emit_running(context, one)
+        emit_running(context, one)
     for machine in served:
         emit_streamed(context, machine)
     if not found and not served:
@@ -438,7 +437,7 @@ def _resume(context: Context, name: str) -> None:
             emit_streamed(context, streaming.follow(session, name, meter.update))
         else:
             starting.resume(session, name)
-            _emit_running(context, starting.follow(session, name, meter.update))
+            emit_running(context, starting.follow(session, name, meter.update))
 
 
 @verb("forget", ConnectError)
@@ -455,20 +454,6 @@ def _forget(context: Context, name: str, force: bool) -> None:
         else:
             starting.forget(session, name)
     context.output.emit(records.ImageRemoved("served" if served else "started", name), f"{name} is forgotten")
-
-
-def _emit_running(context: Context, one: Running) -> None:
-    record = records.ImageRunning(
-        one.name, one.point, one.phase, one.done_bytes, one.total_bytes, one.left, one.error
-    )  # fmt: skip
-    words = {
-        "pulling": f"filling {', '.join(one.left)}: {format_size(one.done_bytes)} of {format_size(one.total_bytes)}",
-        "off": f"off, and still needs the repository for {', '.join(one.left)}",
-        "done": "done: its disks are its own",
-        "stopped": "nobody fills its disks any more: `rewind image resume` goes on",
-    }
-    error = f" ({one.error})" if one.error else ""
-    context.output.emit(record, f"{one.name:20} {words.get(one.phase, one.phase)}{error}")
 
 
 for _group, _verbs in (

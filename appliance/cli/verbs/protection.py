@@ -13,6 +13,7 @@ from appliance.cli.command import Context, verb
 from appliance.cli.convert import capture_record, point_record
 from appliance.cli.params import domain_argument, duration_option, rate_option, wait_option
 from appliance.cli.text import clock, counted, since
+from appliance.cli.verbs.streaming import emit_running, emit_streamed
 from appliance.errors import (
     AgentUnavailable,
     CaptureError,
@@ -182,14 +183,18 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
     """Tell how things stand: the repository, each domain, its newest point, what is under way.
 
     Exit code 1 when a domain is late, a revert has not ended, the hypervisor does not answer, a protected disk cannot
-    be captured or is not there, every write of a running domain is wanted and is not captured, or no daemon runs though
-    a domain is protected with --every.
+    be captured or is not there, every write of a running domain is wanted and is not captured, no daemon runs though a
+    domain is protected with --every, or nobody serves a domain or machine that was brought up and whose disks are not
+    its own yet.
     """
     from appliance.cli.ui import table
+    from appliance.service.image import starting, streaming
     from appliance.service.status import status
 
     with context.session() as session:
         instance, domains = status(session, domain, everything)
+        started = [] if domain else [one for one in starting.listing(session) if one.phase != "done"]
+        served = [] if domain else [one for one in streaming.listing(session) if one.phase != "done"]
     found = [_domain(one) for one in domains]
     orphans = [] if instance.daemon else [one.domain for one in domains if one.every]
     context.output.emit(
@@ -201,18 +206,24 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
             instance.points,
             len(found),
             instance.daemon,
+            len(started) + len(served),
         ),
         f"repository {instance.url}: {counted(instance.points, 'point')}, "
         f"{'' if instance.encrypted else 'not '}encrypted",
     )
     columns = ("domain", "state", "protected", "capture", "every", "points", "newest", "remark")
     context.output.emit_all(found, lambda rows: table(columns, [_cells(row) for row in rows], right=("points",)))
+    for running in started:
+        emit_running(context, running)
+    for machine in served:
+        emit_streamed(context, machine)
     if orphans:
         context.output.tell(f"no `rewind daemon` runs, so nobody takes the points of {', '.join(orphans)} by the clock")
     blind = any(one.capture and one.capture.mode in ("waiting", "behind") and one.state == "running" for one in found)
     silent = any(one.state == "unknown" and one.notes for one in found)
     lost = any(one.uncaptured for one in domains)
-    return 1 if orphans or silent or blind or lost or any(one.late or one.revert for one in found) else 0
+    alone = "stopped" in [*(one.phase for one in started), *(one.phase for one in served)]
+    return 1 if orphans or silent or blind or lost or alone or any(one.late or one.revert for one in found) else 0
 
 
 def _domain(one: DomainState) -> records.DomainStatus:

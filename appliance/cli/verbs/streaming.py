@@ -32,12 +32,15 @@ from appliance.errors import (
 from appliance.units import format_duration, format_size
 
 if TYPE_CHECKING:
+    from appliance.service.image.starting import Running
     from appliance.service.image.streaming import Served, Streamed
 
-__all__ = ["emit_streamed", "serve_command"]
+__all__ = ["emit_running", "emit_streamed", "serve_command"]
 
 _POINT = (NotProtected, NoSuchPoint, AmbiguousPoint, InGap, NotRecoverable, WrongKey, GuestUnreadable)
 _PATIENCE = 600
+# A machine that lives is heard every few seconds.
+_SILENT = 30.0
 
 
 def _local(_ctx: click.Context, _param: click.Parameter, values: Any) -> dict[str, str]:
@@ -114,13 +117,31 @@ def _emit_served(context: Context, made: Served) -> None:
     context.output.emit(record, "\n".join(lines))
 
 
+def emit_running(context: Context, one: Running) -> None:
+    """One domain's line."""
+    record = records.ImageRunning(
+        one.name, one.point, one.phase, one.done_bytes, one.total_bytes, one.left, one.error
+    )  # fmt: skip
+    words = {
+        "pulling": f"filling {', '.join(one.left)}: {format_size(one.done_bytes)} of {format_size(one.total_bytes)}",
+        "off": f"off, and still needs the repository for {', '.join(one.left)}",
+        "done": "done: its disks are its own",
+        "stopped": "nobody fills its disks any more: `rewind image resume` goes on",
+    }
+    error = f" ({one.error})" if one.error else ""
+    context.output.emit(record, f"{one.name:20} {words.get(one.phase, one.phase)}{error}")
+
+
 def emit_streamed(context: Context, one: Streamed) -> None:
     """One session's line."""
     record = records.ImageStreamed(
-        one.name, one.point, one.target, one.mode, one.phase, one.done_bytes, one.total_bytes, one.read_bytes,
-        one.written_bytes, one.boots, one.service_seconds, one.service_read_bytes, one.left, one.error,
+        one.name, one.point, one.target, one.mode, one.phase, one.done_bytes, one.total_bytes, one.left_bytes, one.rate,
+        one.answers, one.silent_seconds, one.read_bytes, one.written_bytes, one.boots, one.service_seconds,
+        one.service_read_bytes, one.left, one.error,
     )  # fmt: skip
     far = f"{', '.join(one.left)}: {format_size(one.done_bytes)} of {format_size(one.total_bytes)}"
+    far += f", {format_size(one.left_bytes)} left"
+    far += f" at {format_size(one.rate)}/s" if one.rate else ""
     words = {
         "waiting": "served, and no machine has come yet",
         "booting": f"its machine boots, or runs from here; {format_size(one.read_bytes)} were read",
@@ -129,5 +150,10 @@ def emit_streamed(context: Context, one: Streamed) -> None:
         "done": "done: the machine's disks are its own",
         "stopped": "nobody serves it any more: `rewind image resume` goes on",
     }
-    error = f" ({one.error})" if one.error else ""
-    context.output.emit(record, f"{one.name:20} {words[one.phase]}{error}")
+    remarks = [one.error] if one.error else []
+    if one.phase not in ("done", "stopped"):
+        remarks += [] if one.answers else ["no machine is answered now"]
+        if one.silent_seconds is not None and one.silent_seconds >= _SILENT:
+            remarks.append(f"nothing was heard of its machine for {format_duration(one.silent_seconds)}")
+    remark = f" ({'; '.join(remarks)})" if remarks else ""
+    context.output.emit(record, f"{one.name:20} {words[one.phase]}{remark}")

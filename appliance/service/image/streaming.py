@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -83,6 +83,8 @@ class Served:
 @dataclass(frozen=True, slots=True)
 class Streamed:
     """How far a session is. `phase`: `waiting`, `booting`, `pulling`, `copying`, `done`, `stopped` (nobody serves it).
+    `rate`: bytes a second that its machine's disks got in the last half minute. `answers`: whether its machine would be
+    answered now. `silent_seconds`: since its machine last gave a sign of life, None before it came.
     `read_bytes`, `written_bytes` by its machine since it booted; `service_seconds` from its start to the system being
     up and `service_read_bytes` until then, None before that."""
 
@@ -93,6 +95,10 @@ class Streamed:
     phase: str
     done_bytes: int
     total_bytes: int
+    left_bytes: int
+    rate: int
+    answers: bool
+    silent_seconds: float | None
     read_bytes: int
     written_bytes: int
     boots: int
@@ -166,7 +172,8 @@ def _build(
                 object=f"{plan.client.host!r}", reason="its own initrd has to find its root, and knows nothing of ours"
             )
         sizes = {one.disk: one.size for one in choose(point, ())}
-        layout = plain_layout(sizes) if choices.mode == "copy" else layout_of(plan.client, ready.guest.volumes, sizes)
+        copies, volumes = choices.mode == "copy", ready.guest.volumes
+        layout = plain_layout(sizes, volumes) if copies else layout_of(plan.client, volumes, sizes)
         stream = _stream(choices, order, layout, certificates.client)
         stream_conf(stream)  # refuses before anything is written
         built = build_image(
@@ -245,7 +252,8 @@ def resume(session: Session, name: str) -> None:
     if order is None:
         raise _unknown(name)
     if _streamed(session, name).phase == "stopped":
-        server.launch(session.home, order, session.settings_file)
+        # The key may come to us through another descriptor than to whoever began.
+        server.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
 
 def forget(session: Session, name: str, force: bool = False) -> None:
@@ -265,10 +273,15 @@ def _streamed(session: Session, name: str) -> Streamed:
     phase = server.phase_of(session.home, name)
     service = state.get("service") or [None, None]
     total = sum(ref.size for ref in order.exports.values())
+    done = total if phase == "done" else min(int(state.get("done", 0)), total)
+    serves = phase not in ("done", "stopped")
+    heard = float(state.get("heard", 0.0))
     return Streamed(
-        name, order.point, order.target, order.mode, phase, total if phase == "done" else int(state.get("done", 0)),
-        total, int(state.get("read", 0)), int(state.get("written", 0)), int(state.get("boots", 0)), service[0],
-        service[1], () if phase == "done" else tuple(order.exports), str(state.get("error", "")),
+        name, order.point, order.target, order.mode, phase, done, total, total - done,
+        int(state.get("rate", 0)) if serves else 0, serves and bool(state.get("answers")),
+        max(0.0, time.time() - heard) if heard else None, int(state.get("read", 0)), int(state.get("written", 0)),
+        int(state.get("boots", 0)), service[0], service[1], () if phase == "done" else tuple(order.exports),
+        str(state.get("error", "")),
     )  # fmt: skip
 
 

@@ -1,0 +1,132 @@
+"""Who is served when more than one machine starts from the same image."""
+
+from __future__ import annotations
+
+import pytest
+
+from appliance.restore import claim
+from appliance.restore.claim import Answer, Asked, Claims
+
+ONE, TWO, THREE = "1" * 16, "2" * 16, "3" * 16
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "claim"
+
+
+def ask(path, boot, machine="rack.1"):
+    """As keeper.sh does it."""
+    with path.open("r+b") as file:
+        file.write(f"rewind 1\nboot {boot}\nmachine {machine}\nend\n".encode().ljust(4096, b"\0"))
+
+
+def served(path, clock, boot=ONE):
+    found = Claims(path, clock)
+    ask(path, boot)
+    found.tend()
+    assert found.answer.granted == boot
+    return found
+
+
+def test_the_first_one_is_served(path, clock):
+    """P6-14: at once, and by a server that is started anew as well."""
+    claims = Claims(path, clock)
+    claims.tend()
+    assert claims.answer == Answer()
+    ask(path, ONE)
+    claims.tend()
+    assert claims.answer == Answer(ONE, "rack.1") == Claims(path, clock).answer
+
+
+def test_another_machine_is_refused_while_the_first_one_lives(path, clock):
+    """P6-14: two machines that write to one root would mix what they write."""
+    claims = served(path, clock)
+    ask(path, TWO, "rack.2")
+    claims.tend()
+    clock.seconds += 29
+    claims.tend()
+    assert claims.answer == Answer(ONE, "rack.1")
+    claims.heard()
+    claims.tend()
+    assert claims.answer == Answer(ONE, "rack.1", TWO, "another machine, rack.1, runs from this session")
+    assert claim.read_answer(path) == claims.answer
+    clock.seconds += 1000  # it is not let in later either, when it has been told already
+    claims.tend()
+    assert claims.answer.granted == ONE
+
+
+@pytest.mark.parametrize(("machine", "seconds"), [("rack.1", 8), ("rack.2", 30)])
+def test_one_that_has_lost_its_power_makes_room(machine, seconds, path, clock):
+    """P6-14: the same machine is served again soon; another one has to wait for longer than a link needs to break."""
+    claims = served(path, clock)
+    ask(path, TWO, machine)
+    claims.tend()
+    clock.seconds += seconds - 1
+    claims.tend()
+    assert claims.answer.granted == ONE
+    clock.seconds += 2
+    claims.tend()
+    assert claims.answer == Answer(TWO, machine)
+
+
+def test_a_new_server_knows_nothing_of_who_was_heard(path, clock):
+    """It waits as if it had just heard of the machine that it serves."""
+    served(path, clock)
+    clock.seconds += 1000
+    claims = Claims(path, clock)
+    ask(path, TWO, "rack.2")
+    claims.tend()
+    assert claims.answer.granted == ONE
+    claims.heard()
+    clock.seconds += 1
+    ask(path, THREE, "rack.3")
+    claims.tend()
+    assert claims.answer.granted == ONE and not claims.answer.refused  # nothing was heard since this one has asked
+    clock.seconds += 1
+    claims.heard()
+    claims.tend()
+    assert claims.answer.refused == THREE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "rewind 1\nboot 1111111111111111\nmachine rack\n",
+        "rewind 2\nboot 1111111111111111\nmachine rack\nend\n",
+        "rewind 1\nboot ../../etc\nmachine rack\nend\n",
+        "rewind 1\nboot 1111111111111111,name=x\nmachine rack\nend\n",
+        "rewind 1\nboot 1111111111111111\nmachine a b\nend\n",
+        "\xff" * 5000,
+    ],
+)
+def test_what_is_no_question_is_not_answered(text, path, clock):
+    """Its words become names of exports: what is not as it must be is nothing."""
+    claim.create(path)
+    with path.open("r+b") as file:
+        file.write(text.encode()[:4096])
+    claims = Claims(path, clock)
+    claims.tend()
+    assert claim.read_asked(path) == Asked() and claims.answer == Answer()
+
+
+def test_an_answer_that_a_machine_has_written_over_grants_nobody(path, clock):
+    served(path, clock)
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"rewind 1\ngranted x,writable=on\nmachine y\nend\n".ljust(4096, b"\0"))
+    assert Claims(path, clock).answer == Answer()
