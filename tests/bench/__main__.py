@@ -7,6 +7,7 @@ compared with itself. Nothing fails because it is slow.
             diff_1tib sparse_8tib sparse_live points_10000
             tap_day     a day of continuous capture in minutes: its size after retention, any instant's first byte
     tap     ./dev bench tap --help: what continuous capture costs the guest
+    stream  ./dev bench stream --help: how long a machine takes whose disks are far away
     beside  nbdcopy (the floor), disk, virtnbdbackup, restic, borg, where they do the same work and are installed
 """
 
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disk, figures, tap
+from tests.bench import disk, figures, stream, tap
 from tests.bench.contenders import ALL
 from tests.bench.measure import steal_seconds
 from tests.bench.rows import ROWS, Rounds, say
@@ -41,6 +42,8 @@ _VERSIONS = {
 def main() -> int:
     if sys.argv[1:2] == ["tap"]:
         return _tap(sys.argv[2:])
+    if sys.argv[1:2] == ["stream"]:
+        return _stream(sys.argv[2:])
     options = _options()
     began, stolen = time.monotonic(), steal_seconds()
     document: dict[str, Any] = {"type": "bench", "quick": options.quick, "machine": _machine()}
@@ -60,6 +63,15 @@ def _tap(argv: list[str]) -> int:
     began, stolen = time.monotonic(), steal_seconds()
     document: dict[str, Any] = {"type": "bench_tap", "quick": chosen.quick, "machine": _machine()}
     document |= tap.measure_tap(chosen)
+    _end(document, began, stolen)
+    return 0
+
+
+def _stream(argv: list[str]) -> int:
+    chosen = stream.options(argv)
+    began, stolen = time.monotonic(), steal_seconds()
+    document: dict[str, Any] = {"type": "bench_stream", "machine": _machine()}
+    document |= stream.measure_stream(chosen)
     _end(document, began, stolen)
     return 0
 
