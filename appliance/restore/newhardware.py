@@ -8,6 +8,7 @@ paths of sockets and log files.
 
 from __future__ import annotations
 
+import hashlib
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ __all__ = ["NewDisk", "for_hardware", "macs", "wanted_disks"]
 _OF_A_RUN = ("uuid", "seclabel", "resource", "os/nvram")
 _LINES = ("serial", "console", "parallel", "channel")
 _BUSES = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd"}
+# Its driver in Linux takes a disk without a world wide name for no disk (`mptsas_is_end_device`); QEMU gives none.
+_SAS = "lsisas1068"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -120,6 +123,22 @@ def _replace_disks(root: ET.Element, disks: Mapping[str, NewDisk], reconnect: in
         address = like.find("address") if like is not None else None
         if address is not None:
             element.append(address)
+        if _controller_model(root, element) == _SAS:
+            ET.SubElement(element, "wwn").text = _wwn(new.path)
+
+
+def _controller_model(root: ET.Element, disk: ET.Element) -> str:
+    """Of the SCSI controller that it hangs on; empty for other buses."""
+    if _get(disk, "target", "bus") != "scsi":
+        return ""
+    index = _get(disk, "address", "controller") or "0"
+    found = root.findall("devices/controller[@type='scsi']")
+    return next((one.get("model", "") for one in found if one.get("index", "0") == index), "")
+
+
+def _wwn(path: Path) -> str:
+    """A name for a new disk: the kind that nobody assigns (NAA 3, SPC-4 7.8.6.5)."""
+    return "3" + hashlib.sha256(bytes(path)).hexdigest()[:15]
 
 
 def _backing(disk: ET.Element, new: NewDisk, reconnect: int) -> None:

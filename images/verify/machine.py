@@ -141,7 +141,9 @@ class _Builder:
         elif kind == "ahci":
             self.add(f"ide-hd,{self._ahci()},{drive}")
         elif kind:
-            self.add(f"scsi-hd,bus={self._host(kind, device.slot or device.modalias)}.0,{drive}")
+            # Linux does not see a SAS disk without a name; NAA 3 are those that nobody assigns.
+            name = f"wwn=0x{3 << 60 | number + 1:x}," if kind == "mptsas1068" else ""
+            self.add(f"scsi-hd,bus={self._host(kind, device.slot or device.modalias)}.0,{name}{drive}")
         else:
             what = device.description or device.modalias
             raise NotSupported(

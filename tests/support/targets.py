@@ -120,8 +120,9 @@ def _targets() -> list[Target]:
          ("sym53c8xx", "e1000")),
         ("megasas-rtl8139-bios", "bios", "pc", "scsi-hd,bus=scsi.0", "rtl8139", ("megasas,id=scsi",),
          ("megaraid_sas", "8139cp", "8139too")),
-        ("mptsas-e1000-bios", "bios", "pc", "scsi-hd,bus=scsi.0", "e1000", ("mptsas1068,id=scsi",),
-         ("mptsas", "e1000")),
+        # A real SAS disk has a name, and Linux does not see one without.
+        ("mptsas-e1000-bios", "bios", "pc", "scsi-hd,bus=scsi.0,wwn=0x3000000000000001", "e1000",
+         ("mptsas1068,id=scsi",), ("mptsas", "e1000")),
         ("pvscsi-vmxnet3-uefi", "uefi", "q35", "scsi-hd,bus=scsi.0", "vmxnet3", ("pvscsi,id=scsi",),
          ("vmw_pvscsi", "vmxnet3")),
         ("scsi-virtio-uefi-ports", "uefi", "q35", "scsi-hd,bus=scsi.0", "virtio-net-pci,bus=port2",

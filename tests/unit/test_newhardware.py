@@ -42,6 +42,17 @@ def test_the_disks_are_the_points_own_over_the_view():
     assert "/old.qcow2" not in ET.tostring(root, encoding="unicode")
 
 
+def test_a_sas_disk_gets_a_name():
+    """P6-17: without one Linux's driver for the LSI SAS 1068 does not see it; other controllers need none."""
+    places = '<address type="drive" controller="{}"/>'
+    sas = Q35.replace('bus="sata"/><boot', 'bus="scsi"/><boot').replace('<address type="drive" unit="3"/>', places)
+    sas = sas.replace("</devices>", '<controller type="scsi" index="1" model="lsisas1068"/></devices>')
+    (named,) = made(sas.format("1")).findall("devices/disk[@device='disk']")
+    assert len(named.find("wwn").text) == 16 and named.find("wwn").text.startswith("3")
+    for xml in (Q35, sas.format("0")):
+        assert made(xml).find("devices/disk/wwn") is None
+
+
 def test_it_starts_from_the_medium_and_then_from_its_disk():
     root = made()
     disks = root.findall("devices/disk[boot]")

@@ -89,6 +89,13 @@ def test_disks_of_one_controller_share_it():
     assert sum(one.startswith("scsi-hd,bus=host0.0") for one in words) == 2
 
 
+def test_sas_disks_have_names_or_linux_does_not_see_them():
+    host = Device(modalias="pci:v00001000d00000054sv00001000sd00008000bc01sc00i00", slot="1", carries=("sda", "sdb"))
+    words = [one for one in devices(machine_for(inventory(host), ["sda", "sdb"])) if one.startswith("scsi-hd")]
+    names = [word for one in words for word in one.split(",") if word.startswith("wwn=0x3")]
+    assert len(set(names)) == len(words) == 2
+
+
 def test_a_controller_that_nobody_has_is_refused():
     with pytest.raises(NotSupported, match="QEMU has nothing like") as caught:
         machine_for(inventory(Device(modalias=HPSA, carries=("sda",))), ["sda"])
