@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import DriversMissing, ImageError, NotSigned, TargetExists
+from appliance.errors import ImageError, NotSigned, TargetExists
+from images.drivers.plan import refuse_if_missing
 from images.media.base import Medium, Parts, SignedChain, check_command_line, medium
 from images.media.pe import is_signed
 from images.model import Firmware, Plan
@@ -115,11 +116,7 @@ def build_image(
 
 
 def _refuse_first(plan: Plan, media: Sequence[str], folder: Path) -> list[Medium]:
-    if plan.missing:
-        devices = ", ".join(one.alias or one.module for one in plan.missing)
-        raise DriversMissing(
-            release=plan.client.release, host=plan.client.host, devices=devices, target=plan.inventory.name
-        )
+    refuse_if_missing(plan)
     if folder.exists():
         raise TargetExists(path=folder)
     if not media:

@@ -400,7 +400,7 @@ def test_missing_driver_writes_nothing(template, client, plan, tmp_path):
     """P6-22, I3: the list, and nothing else."""
     lost = Decision("megaraid_sas", Verdict.MISSING, Role.DISK, "nobody has it", alias="pci:v1")
     hopeless = replace(plan, decisions=(*plan.decisions, lost))
-    with pytest.raises(DriversMissing, match=r"no driver for pci:v1 of target 'test-target'"):
+    with pytest.raises(DriversMissing, match=r"no driver for megaraid_sas \(nobody has it\) of target 'test-target'"):
         build_image(hopeless, client.tree(), template, media=["uki"], folder=tmp_path / "x")
     assert _refused(tmp_path)
 

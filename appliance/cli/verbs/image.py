@@ -293,19 +293,24 @@ def _emit_drivers(context: Context, one: Any) -> None:
 # --- plan, build ----------------------------------------------------------------------------------------------------
 
 
-@verb("plan", *_POINT, NoSuchTarget, NoSuchTemplate)
+@verb("plan", *_POINT, NoSuchTarget, NoSuchTemplate, DriversMissing)
 @domain_argument()
 @_WHEN
 @_TARGET
 @_TEMPLATE
 @click.option("--all", "all_of", is_flag=True, help="Also list each default driver that is left out.")
 def _plan(context: Context, domain: str, when: str, target: str, template: str, all_of: bool) -> None:
-    """Tell which drivers an image of DOMAIN for a target would have, and why. Nothing is written."""
+    """Tell which drivers an image of DOMAIN for a target would have, and why. Nothing is written.
+
+    Where a driver is missing that has to be there the plan ends as `build` would: refused, with the list.
+    """
     from appliance.service.image import making
+    from images.drivers.plan import refuse_if_missing
 
     with context.session() as session:
         planned = making.plan(session, domain, when, target, template)
     _emit_plan(context, planned, all_of)
+    refuse_if_missing(planned.plan)
 
 
 def _emit_plan(context: Context, planned: Planned, all_of: bool) -> None:
