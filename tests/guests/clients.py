@@ -1,7 +1,8 @@
-"""Builds the two clients that bootable images are tested with: real systems that boot from their own disk by GRUB.
+"""Builds the clients that bootable images are tested with: real systems that boot from their own disk by GRUB.
 
     mbr      one ext4, initramfs-tools with MODULES=dep, ifupdown;              origin: i440fx, virtio-blk, virtio-net
     dracut   /boot beside a root on LVM, dracut, networkd, an older kernel;     origin: q35, both behind root ports
+    cloud    as mbr, with the kernel for clouds, which lacks most drivers;      origin: as mbr
 
 The root is made by mmdebstrap and written into partitions of an MBR without mounting anything. Then the disk boots
 once on its origin's hardware, under emulation, to make what only a running system can make: an initramfs of just this
@@ -31,7 +32,7 @@ __all__ = ["ClientFiles", "Instant", "Name", "ORIGINS", "Origin", "build", "over
 
 DISK_BYTES = 2 << 30
 
-Name = Literal["mbr", "dracut"]
+Name = Literal["mbr", "dracut", "cloud"]
 Instant = Literal["first", "second"]
 
 
@@ -51,6 +52,7 @@ class Origin:
 _PORTS = tuple(f"pcie-root-port,id=port{number},chassis={number},slot={number},bus=pcie.0" for number in (1, 2))
 ORIGINS: dict[Name, Origin] = {
     "mbr": Origin("pc", "virtio-blk-pci,addr=0x4", "virtio-net-pci,addr=0x3", "52:54:00:c1:1e:07", "ens3"),
+    "cloud": Origin("pc", "virtio-blk-pci,addr=0x4", "virtio-net-pci,addr=0x3", "52:54:00:c1:1e:09", "ens3"),
     "dracut": Origin(
         "q35", "scsi-hd,bus=scsi.0", "virtio-net-pci,bus=port2", "52:54:00:c1:1e:08", "enp2s0",
         (*_PORTS, "virtio-scsi-pci,id=scsi,bus=port1"),
@@ -74,7 +76,7 @@ class ClientFiles:
 
 def build(name: Name = "mbr") -> ClientFiles:
     """The files of a client, from the cache if they are there. Thread-safe, also between processes."""
-    others = tuple(f"-{other}" for other in ORIGINS if other != name)
+    others = tuple(f"-{other}" for other in ORIGINS if other != _LIKE.get(name, name))
     sources = [path for path in sorted(_FILES.iterdir()) if not path.name.endswith(others)]
     digest = packages.sources_digest([*sources, Path(__file__), Path(lvm.__file__)])
     folder = packages.cached(f"client-{name}-{digest}", lambda scratch: _build(scratch, name))
@@ -98,8 +100,10 @@ _OWN_PACKAGES = {
     # dracut makes an initramfs with the tools it finds; lvm2 is one of them, and the root's.
     "dracut": ["dracut", "lvm2", "dmsetup"],
 }
-# How many updates of Debian the kernel is behind. A template has the newest: the three must not be mistaken.
-_KERNEL_AGE = {"mbr": 1, "dracut": 2}
+# What else a client has in common with one that has files of its own.
+_LIKE: dict[Name, Name] = {"cloud": "mbr"}
+# Flavour of the kernel, and how many updates of Debian it is behind. A template has the newest: none must be mistaken.
+_KERNELS = {"mbr": ("amd64", 1), "dracut": ("amd64", 2), "cloud": ("cloud-amd64", 1)}
 # Documentation, and drivers that no machine of these tests has. `depmod` runs after this, so nothing speaks of them.
 _NO_DRIVERS = [
     "sound", "drivers/media", "drivers/net/wireless", "drivers/infiniband", "drivers/staging", "drivers/iio",
@@ -114,7 +118,7 @@ def _build(folder: Path, name: Name) -> None:
     kernel = _make_root(root, name)
     shutil.copy(root / f"boot/vmlinuz-{kernel}", folder / "vmlinuz")
     shutil.copy(root / f"boot/initrd.img-{kernel}", folder / "initrd")
-    root_spec = {"mbr": _write_plain, "dracut": _write_lvm}[name](root, raw)
+    root_spec = {"mbr": _write_plain, "dracut": _write_lvm}[_LIKE.get(name, name)](root, raw)
     shutil.rmtree(root)
     disk, second = folder / "disk.qcow2", folder / "second.qcow2"
     first_state = _finish(folder, name, root_spec, raw, "first")
@@ -129,27 +133,27 @@ def _build(folder: Path, name: Name) -> None:
 
 def _make_root(root: Path, name: Name) -> str:
     """A Debian in a folder, with the kernel whose release is returned."""
-    package = _kernel_package(_KERNEL_AGE[name])
-    packages.bootstrap(root, packages.release(), [*_PACKAGES, *_OWN_PACKAGES[name], package], _LEFT_OUT)
+    package, like = _kernel_package(*_KERNELS[name]), _LIKE.get(name, name)
+    packages.bootstrap(root, packages.release(), [*_PACKAGES, *_OWN_PACKAGES[like], package], _LEFT_OUT)
     _install("proof", root / "usr/local/sbin/proof", 0o755)
     _install("ledgerd", root / "usr/local/sbin/ledgerd", 0o755)
     for unit in ("proof", "ledgerd", "ledger-audit"):
         _install(f"{unit}.service", root / f"etc/systemd/system/{unit}.service", 0o644)
     _install("finish", root / "usr/local/lib/client/finish", 0o755)
-    _install(f"initramfs-{name}", root / "usr/local/lib/client/initramfs", 0o755)
-    for script in ("setup", f"setup-{name}"):
+    _install(f"initramfs-{like}", root / "usr/local/lib/client/initramfs", 0o755)
+    for script in ("setup", f"setup-{like}"):
         _install(script, root / "root" / script, 0o755)
         packages.in_root(root, f"/root/{script}", name)
         (root / "root" / script).unlink()
     return package.removeprefix("linux-image-")
 
 
-def _kernel_package(age: int) -> str:
-    """Debian's generic kernel of this release, `age` updates older than the newest, as far as apt still has them."""
-    newest = packages.kernel_package("amd64")
+def _kernel_package(flavour: str, age: int) -> str:
+    """Debian's kernel of this release, `age` updates older than the newest, as far as apt still has them."""
+    newest = packages.kernel_package(flavour)
     series = re.match(r"linux-image-\d+\.\d+\.", newest)
     assert series is not None, newest
-    pattern = f"^{re.escape(series.group())}.*[0-9]-amd64$"
+    pattern = f"^{re.escape(series.group())}.*[0-9]-{flavour}$"
     done = subprocess.run(["apt-cache", "search", "--names-only", pattern], capture_output=True, text=True, check=True)
     found = {line.split()[0] for line in done.stdout.splitlines()} | {newest}
     ordered = sorted(found, key=lambda package: [int(number) for number in re.findall(r"\d+", package)])

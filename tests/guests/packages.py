@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.support.world import cache_folder
 
 __all__ = [
-    "apt_sources", "bootstrap", "cached", "in_root", "kernel_package", "release", "sources_digest", "unpack",
+    "apt_sources", "bootstrap", "cached", "in_root", "kernel_package", "release", "sources_digest", "unpack", "version",
 ]  # fmt: skip
 
 
@@ -39,8 +39,16 @@ def kernel_package(flavour: str) -> str:
     return found.group(1)
 
 
+def version(package: str) -> str:
+    """The newest version of a package that apt knows."""
+    found = re.search(r"^Version: (\S+)$", _apt("apt-cache", "show", "--no-all-versions", package), re.MULTILINE)
+    if not found:
+        raise RuntimeError(f"apt tells no version of {package}")
+    return found.group(1)
+
+
 def unpack(package: str, into: Path) -> None:
-    """Download a package and unpack it into a folder."""
+    """Download a package (its name, or NAME=VERSION) and unpack it into a folder."""
     with tempfile.TemporaryDirectory() as scratch:
         # apt would drop its privileges and then cannot write into a folder of root.
         command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package]

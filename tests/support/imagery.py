@@ -35,9 +35,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _DISK = {
     "mbr": '<target dev="vda" bus="virtio"/>',
+    "cloud": '<target dev="vda" bus="virtio"/>',
     "dracut": '<target dev="sda" bus="scsi"/>',
 }
-_CONTROLLERS = {"mbr": "", "dracut": '<controller type="scsi" index="0" model="virtio-scsi"/>'}
+_CONTROLLERS = {"mbr": "", "cloud": "", "dracut": '<controller type="scsi" index="0" model="virtio-scsi"/>'}
 
 
 class Imagery:
