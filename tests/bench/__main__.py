@@ -8,6 +8,7 @@ compared with itself. Nothing fails because it is slow.
             tap_day     a day of continuous capture in minutes: its size after retention, any instant's first byte
     tap     ./dev bench tap --help: what continuous capture costs the guest
     stream  ./dev bench stream --help: how long a machine takes whose disks are far away
+    images  ./dev bench images --help: what a bootable image costs, alone and eight at once
     beside  nbdcopy (the floor), disk, virtnbdbackup, restic, borg, where they do the same work and are installed
 """
 
@@ -20,10 +21,11 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disk, figures, stream, tap
+from tests.bench import disk, figures, images, stream, tap
 from tests.bench.contenders import ALL
 from tests.bench.measure import steal_seconds
 from tests.bench.rows import ROWS, Rounds, say
@@ -39,11 +41,17 @@ _VERSIONS = {
 }  # fmt: skip
 
 
+# What is measured by itself: its options, and what makes its part of the document.
+_PARTS: dict[str, tuple[Callable[[Sequence[str]], Any], Callable[[Any], dict[str, Any]]]] = {
+    "tap": (tap.options, tap.measure_tap),
+    "stream": (stream.options, stream.measure_stream),
+    "images": (images.options, images.measure_images),
+}
+
+
 def main() -> int:
-    if sys.argv[1:2] == ["tap"]:
-        return _tap(sys.argv[2:])
-    if sys.argv[1:2] == ["stream"]:
-        return _stream(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in _PARTS:
+        return _part(sys.argv[1], sys.argv[2:])
     options = _options()
     began, stolen = time.monotonic(), steal_seconds()
     document: dict[str, Any] = {"type": "bench", "quick": options.quick, "machine": _machine()}
@@ -58,20 +66,12 @@ def main() -> int:
     return 0
 
 
-def _tap(argv: list[str]) -> int:
-    chosen = tap.options(argv)
+def _part(name: str, argv: Sequence[str]) -> int:
+    options, measured = _PARTS[name]
+    chosen = options(argv)
     began, stolen = time.monotonic(), steal_seconds()
-    document: dict[str, Any] = {"type": "bench_tap", "quick": chosen.quick, "machine": _machine()}
-    document |= tap.measure_tap(chosen)
-    _end(document, began, stolen)
-    return 0
-
-
-def _stream(argv: list[str]) -> int:
-    chosen = stream.options(argv)
-    began, stolen = time.monotonic(), steal_seconds()
-    document: dict[str, Any] = {"type": "bench_stream", "machine": _machine()}
-    document |= stream.measure_stream(chosen)
+    document = {"type": f"bench_{name}", "quick": getattr(chosen, "quick", False), "machine": _machine()}
+    document |= measured(chosen)
     _end(document, began, stolen)
     return 0
 

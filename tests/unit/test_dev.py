@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import libvirt, world
+from tests.support.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +60,18 @@ def test_nothing_to_do_is_fast():
         assert "installing" not in done.stderr and "making" not in done.stderr
     assert (cache / "venv/rewind-stamp").stat().st_mtime_ns == made
     assert min(took) < 10, "a second on an idle machine"
+
+
+@needs_world
+def test_the_soak_of_images_is_the_whole_matrix_and_nothing_else():
+    """I1: every target, for each client and instant."""
+    command = [ROOT / "dev", "soak", "images", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert sum("::test_the_matrix[" in line for line in found) == 4 * len(TARGETS), done.stdout[-2000:] + done.stderr
+    about = {line.partition("::")[0].rpartition("/")[2] for line in found}
+    assert about >= {"test_image.py", "test_image_boot.py", "test_image_stream.py", "test_clients.py"}
+    assert all("image" in name or name in ("test_clients.py", "test_guest_reader.py") for name in about)
 
 
 def test_unknown_verb_is_one_sentence():
