@@ -39,6 +39,20 @@ def test_libvirt_starts_empty_and_comes_back(libvirt_uri):
     assert "QEMU" in libvirt.virsh("version").stdout
 
 
+@pytest.mark.parametrize("unwanted", ["", "1"])
+def test_modules_are_compiled_once(unwanted, tmp_path):
+    """A8: not by each process anew, also where nothing may be written into the tree."""
+    look = "import importlib.util as u, appliance.units as m; print(u.cache_from_source(m.__file__))"
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPYCACHEPREFIX", "REWIND_WORLD")}
+    env |= {"PYTHONDONTWRITEBYTECODE": unwanted, "REWIND_WORLD": str(tmp_path)}  # no world in the world
+    done = subprocess.run(
+        [ROOT / "dev", "shell", "python", "-c", look], capture_output=True, text=True, check=True, env=env
+    )
+    compiled = Path(done.stdout.strip())
+    assert compiled.exists()
+    assert compiled.is_relative_to(ROOT) is not bool(unwanted)
+
+
 @needs_world
 def test_temporary_files_are_gone_with_the_world(tmp_path):
     """Whole disks among them: a killed run must not fill the machine."""
