@@ -14,7 +14,7 @@ import nbdkit
 
 from appliance.capture.ingest import Ingest, errno_of
 from appliance.capture.intake import read_order
-from appliance.nbdkit import settle_parents_death
+from appliance.nbdkit import keep_thread, settle_parents_death
 from appliance.store import Repository, RepositorySpec
 from appliance.units import CHUNK
 
@@ -111,6 +111,7 @@ def pread(disk: str, buf: bytearray, offset: int, flags: int) -> None:
 
 
 def pwrite(disk: str, buf: bytearray, offset: int, flags: int) -> None:
+    keep_thread()
     with _Telling():
         _disks().write(disk, offset, memoryview(buf))
 

@@ -19,7 +19,7 @@ from typing import Any
 import nbdkit
 
 from appliance.errors import StoreError
-from appliance.nbdkit import settle_parents_death
+from appliance.nbdkit import keep_thread, settle_parents_death
 from appliance.restore.export import STATS_EXPORT, ViewOrder
 from appliance.store import RepositorySpec
 from appliance.timeline.view import ChunkCache, DiskView, read_pending
@@ -175,6 +175,8 @@ def can_extents(view: DiskView | _Text) -> bool:
 
 
 def pread(view: DiskView | _Text, buf: bytearray, offset: int, flags: int) -> None:
+    if isinstance(view, DiskView):  # not for every client that looks at the statistics
+        keep_thread()
     try:
         view.readinto(memoryview(buf), offset)
     except BaseException:
