@@ -16,11 +16,10 @@ from __future__ import annotations
 import errno
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from appliance.capture.changes import ChangesFile
 from appliance.errors import NoSpace
@@ -39,6 +38,9 @@ _MOST_PARTS = 64
 _STRIPES = 256
 
 _ZEROES = memoryview(bytes(CHUNK))
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -84,24 +86,20 @@ class Ingest:
 
     def write(self, disk: str, offset: int, data: memoryview) -> None:
         """`data` is used during the call only. Raises StoreError or OSError."""
-        with self._remembering():
-            self._disks[disk].write(offset, data)
+        self._remembering(self._disks[disk].write, offset, data)
 
     def zero(self, disk: str, offset: int, length: int) -> None:
         """The range reads as zeroes now. Nothing is stored for it. Raises as `write`."""
-        with self._remembering():
-            self._disks[disk].zero(offset, length)
+        self._remembering(self._disks[disk].zero, offset, length)
 
     def read(self, disk: str, offset: int, length: int) -> bytearray:
         """What the range holds now: what was written here, else what the base has."""
-        with self._remembering():
-            return self._disks[disk].read(offset, length)
+        return self._remembering(self._disks[disk].read, offset, length)
 
     def flush(self, disk: str) -> None:
         """Everything of the disk that was answered before is durable, and its changes file is sealed, unless more was
         written meanwhile: then the next flush seals it."""
-        with self._remembering():
-            self._disks[disk].flush()
+        self._remembering(self._disks[disk].flush)
 
     def counters(self, disk: str) -> Counters:
         return self._disks[disk].counters
@@ -112,12 +110,11 @@ class Ingest:
             disk.changes.close()
         self._writer.close()
 
-    @contextmanager
-    def _remembering(self) -> Iterator[None]:
+    def _remembering(self, work: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         if self._failed is not None:
             raise self._failed
         try:
-            yield
+            return work(*arguments, **named)
         except BaseException as error:
             self._failed = self._failed or error
             raise
