@@ -11,6 +11,7 @@ FORMAT.md is normative.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import secrets
 import struct
@@ -90,7 +91,7 @@ class PackBuilder:
         try:
             self._data = _buffers.pop()
         except IndexError:
-            self._data = mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._data = _new_buffer()
         self._end = 0
         self._append(_HEADER.pack(_HEADER_MAGIC, VERSION, int(codec.encrypted), 0, self.id))
 
@@ -134,6 +135,13 @@ class PackBuilder:
     def _append(self, data: bytes) -> None:
         self._data[self._end : self._end + len(data)] = data
         self._end += len(data)
+
+
+def _new_buffer() -> mmap.mmap:
+    found = mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without it
+        found.madvise(mmap.MADV_HUGEPAGE)
+    return found
 
 
 def read_table(backend: Backend, codec: Codec, pack: bytes, size: int) -> list[Entry]:
