@@ -22,7 +22,7 @@ from appliance.config import Home
 from appliance.model import MapRef
 from appliance.restore import keeper
 from appliance.restore.intent import DiskIntent
-from appliance.restore.patch import FULL_MASK, Patch, PatchInfo, layout_for, patch_info, read_patch
+from appliance.restore.patch import FULL_MASK, Patch, PatchInfo, layout_for
 from appliance.timeline.diff import changed_chunks, refine
 from appliance.timeline.view import write_pending
 from appliance.units import KiB
@@ -95,11 +95,18 @@ def prepare_patch(home: Home, repo: Repository, uuid: str, disk: DiskIntent, now
     path.unlink(missing_ok=True)
     indexes = array("Q", changed_chunks(repo, now, disk.wanted))  # 8 bytes each: there may be millions
     layout = layout_for(disk.size, len(indexes))
+    pending, chunks, moving, zeroes = array("Q"), 0, 0, 0
     with Patch(path, disk.size, layout=layout) as patch:
         for chunk, mask, zero in differing(repo, now, disk.wanted, indexes, coarse=patch.coarse):
-            patch.mark(chunk, mask, zero)
-    write_pending(keeper.view_files(home, uuid, disk.target), (chunk for chunk, data, _ in read_patch(path) if data))
-    return patch_info(path)
+            # Counted here, though the patch tells all of it: reading it again takes as long as making it.
+            if marked := patch.mark(chunk, mask, zero):
+                chunks += 1
+                zeroes += marked if zero else 0
+                moving += 0 if zero else marked
+                if not zero:
+                    pending.append(chunk)
+    write_pending(keeper.view_files(home, uuid, disk.target), pending)
+    return PatchInfo(moving, zeroes, chunks, path.stat().st_size)
 
 
 def correct_patch(home: Home, repo: Repository, uuid: str, disk: DiskIntent, before: MapRef, now: MapRef) -> None:

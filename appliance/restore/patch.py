@@ -135,9 +135,10 @@ class Patch:
         """Whether it decides by whole chunks."""
         return self.layout > FINE
 
-    def mark(self, chunk: int, mask: int, zero: bool = False) -> None:
+    def mark(self, chunk: int, mask: int, zero: bool = False) -> int:
         """Say of chunk `chunk` which of its 32 parts differ: they come from the view, or read as zeroes if `zero`.
         What lies beyond the disk's end is left out. A coarse patch takes the whole chunk if anything in it differs.
+        Returns how many bytes of it the patch says to differ.
         """
         mask &= self._inside(chunk)
         per_cluster = self._cluster // CHUNK
@@ -146,13 +147,14 @@ class Patch:
         bits = mask if per_cluster == 1 else (low if mask else 0)
         table, index = divmod(cluster, self._entries)
         if not self._use(table, bool(bits)):
-            return
+            return 0
         _, zeroes, allocated = _ENTRY.unpack_from(self._entries_now, index * _ENTRY.size)
         zeroes = zeroes & ~low | (bits if zero else 0)
         allocated = allocated & ~low | (0 if zero else bits)
         place = cluster * self._cluster | _COPIED if zeroes | allocated else 0
         _ENTRY.pack_into(self._entries_now, index * _ENTRY.size, place, zeroes, allocated)
         self._changed = True
+        return bits.bit_count() * (self._cluster // SUBCLUSTERS)
 
     def _inside(self, chunk: int) -> int:
         left = self.size - chunk * CHUNK

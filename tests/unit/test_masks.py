@@ -4,9 +4,12 @@ import random
 
 import pytest
 
-from appliance.restore import masks
-from appliance.restore.patch import FULL_MASK
+from appliance.config import Home
+from appliance.restore import keeper, masks
+from appliance.restore.intent import DiskIntent
+from appliance.restore.patch import COARSE, FINE, FULL_MASK, patch_info, read_patch
 from appliance.store import Repository, open_backend
+from appliance.timeline.view import read_pending
 from appliance.units import CHUNK
 
 COUNT = 3000
@@ -98,3 +101,24 @@ def test_what_becomes_zero_is_told(repo, step):
         wanted = repo.write_map(now, COUNT * CHUNK, gone, writer)
     found = {index: zero for index, _, zero in masks.differing(repo, now, wanted, list(ids), coarse=True)}
     assert found == {index: bool(index % 2) for index in ids}
+
+
+@pytest.mark.parametrize("layout", [FINE, COARSE])
+def test_what_is_said_of_a_patch_is_what_it_holds(repo, monkeypatch, tmp_path, layout):
+    """P5-20, A7: told, and kept for the view, without reading the patch again; the last chunk is not whole."""
+    monkeypatch.setattr(masks, "layout_for", lambda *_: layout)
+    size = COUNT * CHUNK - 5120
+    with repo.writer() as writer:
+        ids = [(index, writer.put(content(index, 0))) for index in range(COUNT - 300, COUNT)]
+        now = repo.write_map(None, size, ids, writer)
+        new = [(index, b"" if index % 3 else writer.put(content(index, 1))) for index, _ in ids[1::2]]
+        wanted = repo.write_map(now, size, new, writer)
+    home = Home(tmp_path / "home")
+    home.revert("uuid").mkdir(parents=True)
+    disk = DiskIntent("vda", "source", "qcow2", size, wanted, now, "vda.patch", "vda.overlay")
+    told = masks.prepare_patch(home, repo, "uuid", disk, now)
+    path = home.revert("uuid") / disk.patch
+    assert told == patch_info(path)
+    assert told.pending_bytes and told.zero_bytes
+    pending = [chunk for chunk, data, _ in read_patch(path) if data]
+    assert list(read_pending(keeper.view_files(home, "uuid", "vda"))) == pending
