@@ -53,7 +53,8 @@ def check_root(ref: MapRef, blocks: Blocks, codec: Codec) -> None:
 
 
 class Map:
-    """A map opened for reading; holds no memory of its own. Thread-safe.
+    """A map opened for reading; holds no memory of its own but the leaf that was looked at last, which readers mostly
+    go on in. Thread-safe.
 
     Its methods raise IntegrityError when a block is lost or damaged, and what the backend raises.
     """
@@ -64,21 +65,32 @@ class Map:
         self.chunks = chunks_of(ref.size)
         self._top = height(ref.size) - 1
         self._blocks = blocks
+        self._leaf = -1, _EMPTY  # number and node, replaced together
 
     def get(self, index: int) -> bytes:
         """The id of that chunk, b"" for zero; beyond the disk's end all is zero."""
         if not self.ref.root or index >= self.chunks:
             return b""
+        number, leaf = self._leaf
+        if number != index >> 4:
+            leaf = self._leaf_of(index)
+            self._leaf = index >> 4, leaf
+        slot = index & 15
+        if not leaf.present >> slot & 1:
+            return b""
+        position = (leaf.present & (1 << slot) - 1).bit_count()
+        return leaf.ids[16 * position : 16 * position + 16]
+
+    def _leaf_of(self, index: int) -> Node:
+        """The leaf that has the chunk; an empty one where all is zero."""
         place = self.ref.place
-        for level in range(self._top, -1, -1):
+        for level in range(self._top, 0, -1):
             node = self._blocks.node(place, level)
             slot = index >> 4 * level & 15
             if not node.present >> slot & 1:
-                return b""
-            position = (node.present & (1 << slot) - 1).bit_count()
-            if level:
-                place = node.places[position]
-        return node.ids[16 * position : 16 * position + 16]
+                return _EMPTY
+            place = node.places[(node.present & (1 << slot) - 1).bit_count()]
+        return self._blocks.node(place, 0)
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
         """(index, id) of the chunks that are not zero, ascending, `start <= index < stop`."""

@@ -417,7 +417,7 @@ class Repository:
             raise IntegrityError(object=f"{what} {record.hex()}", reason=error.fields["reason"]) from error
 
     def _packed(self, kind: int, record: bytes) -> bytes:
-        failure = IntegrityError(object="", reason="no pack holds it")
+        reason = "no pack holds it"
         for attempt in range(3):
             for writer in self._writers:
                 if (pending := writer.read(record)) is not None:
@@ -428,14 +428,14 @@ class Repository:
                     sealed = self.backend.get(pack_name(pack), offset, length)
                     return self._box(pack).open(offset, label(kind, record), sealed)
                 except ObjectNotFound:
-                    failure = IntegrityError(object="", reason=f"{pack_name(pack)} is gone")
+                    reason = f"{pack_name(pack)} is gone"
                 except IntegrityError as error:
-                    failure = IntegrityError(object="", reason=f"in {pack_name(pack)} {error.fields['reason']}")
+                    reason = f"in {pack_name(pack)} {error.fields['reason']}"
             if attempt == 1 and not self.index.verify():
                 break
             # Written by another process since, or moved by gc; then again if the index itself was damaged.
             self.index.refresh()
-        raise failure
+        raise IntegrityError(object="", reason=reason)
 
     def packed_or_none(self, kind: int, record: bytes) -> bytes | None:
         """The record as `codec.compress` made it, from whichever copy can be read."""

@@ -27,11 +27,14 @@ _RECENT = 15
 
 
 class _Load:
-    __slots__ = ("claimed", "data", "done", "error")
+    """`under_way` is held until the load is done: as good as an Event here, and made in a tenth of the time."""
+
+    __slots__ = ("claimed", "data", "error", "under_way")
 
     def __init__(self, claimed: bool) -> None:
         self.claimed = claimed
-        self.done = threading.Event()
+        self.under_way = threading.Lock()
+        self.under_way.acquire()
         self.data = b""
         self.error: BaseException | None = None
 
@@ -69,7 +72,8 @@ class ChunkCache:
             mine, load.claimed = not load.claimed, True
         if mine:  # also one that is queued, but that no thread of the pool has begun
             self._run(chunk, load)
-        load.done.wait()
+        with load.under_way:
+            pass
         if load.error is not None:
             raise load.error
         return load.data
@@ -121,8 +125,7 @@ class ChunkCache:
                 self._opened[chunk] = load.data
                 while len(self._opened) > self._most:
                     self._opened.popitem(last=False)
-        load.done.set()
-
+        load.under_way.release()
 
     def _note(self, took: float) -> None:
         """How long a load took that was alone: among several, most of the time may have been spent waiting for a CPU,
