@@ -13,15 +13,17 @@ points whole.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
 from appliance.errors import AlreadyExists, IntegrityError, NoSuchPoint, ObjectNotFound, StoreError, VersionUnsupported
 from appliance.model import Point
 from appliance.store import ledgers, manifest, parted
-from appliance.store.codec import decompress
+from appliance.store.codec import Box, decompress
 from appliance.store.node import BLOCK_SIZE, NODE_VERSION, OFFSET_BITS, Blocks, Node, block_record, height
 from appliance.store.pack import CHUNK_RECORD, Entry, label, pack_name, verify_pack
 from appliance.store.repository import DAMAGED, Repository, load_damaged
@@ -30,6 +32,10 @@ from appliance.units import CHUNK
 
 __all__ = ["Problem", "Report", "check"]
 
+# Threads that open the records of one pack, and how many each of them takes at least. The packs come one after the
+# other: a whole one is in memory.
+_THREADS: Final = min(4, os.cpu_count() or 1)
+_PART: Final = 32
 # Nodes remembered as good: beyond this all are forgotten and looked at again, which costs time and bounds memory.
 _REMEMBERED: Final = 2_000_000
 
@@ -116,12 +122,13 @@ class _Packs:
     def read(self, report: Report) -> None:
         """Every record of every pack that has a table."""
         sizes = self._repo.index.packs
-        for done, pack in enumerate(sorted(sizes)):
-            if pack not in self._whole:
-                self._read(pack, report)
-            self._step("read", done + 1, len(sizes))
+        with ThreadPoolExecutor(_THREADS, "check") as pool:
+            for done, pack in enumerate(sorted(sizes)):
+                if pack not in self._whole:
+                    self._read(pack, report, pool)
+                self._step("read", done + 1, len(sizes))
 
-    def _read(self, pack: bytes, report: Report) -> None:
+    def _read(self, pack: bytes, report: Report, pool: ThreadPoolExecutor) -> None:
         repo = self._repo
         try:
             data = repo.backend.get(pack_name(pack))
@@ -133,7 +140,11 @@ class _Packs:
             return
         report.bytes_read += len(data)
         report.records_read += len(entries)
-        bad = {entry.id: reason for entry in entries if (reason := _wrong(repo, pack, entry, data))}
+        box, step = repo.codec.box("pack", pack), max(_PART, -(-len(entries) // _THREADS))
+        parts = [entries[at : at + step] for at in range(0, len(entries), step)]
+        bad: dict[bytes, str] = {}
+        for found in pool.map(lambda part: _wrong_ones(repo, box, part, memoryview(data)), parts):
+            bad |= found
         try:
             verify_pack(data, repo.codec, pack)
         except (IntegrityError, VersionUnsupported) as error:
@@ -205,11 +216,16 @@ class _Packs:
                     continue  # another check at the same time
 
 
-def _wrong(repo: Repository, pack: bytes, entry: Entry, data: bytes) -> str:
+def _wrong_ones(repo: Repository, box: Box, entries: list[Entry], data: memoryview) -> dict[bytes, str]:
+    """The ids of those that cannot be read, and why. `data` is their whole pack."""
+    return {entry.id: reason for entry in entries if (reason := _wrong(repo, box, entry, data))}
+
+
+def _wrong(repo: Repository, box: Box, entry: Entry, data: memoryview) -> str:
     """Why the record cannot be read; empty when it can."""
     try:
         sealed = data[entry.offset : entry.offset + entry.length]
-        packed = repo.codec.box("pack", pack).open(entry.offset, label(entry.kind, entry.id), sealed)
+        packed = box.open(entry.offset, label(entry.kind, entry.id), sealed)
         plain = decompress(packed, CHUNK if entry.kind == CHUNK_RECORD else BLOCK_SIZE)
     except IntegrityError as error:
         return _reason(error)
