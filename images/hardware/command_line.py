@@ -46,6 +46,7 @@ class _Reading:
     usb: list[UsbPart] = field(default_factory=list)
     carried: list[tuple[str, str, str]] = field(default_factory=list)  # (kind of bus, id of the controller, disk)
     cdroms: set[str] = field(default_factory=set)
+    names: dict[str, str] = field(default_factory=dict)  # disk → its WWN
     disks: int = 0
     uefi: bool = False
     secure: bool = False
@@ -186,7 +187,9 @@ def _device(reading: _Reading, words: Mapping[str, str]) -> None:
         carries = (reading.disk(words),) if driver == "usb-storage" else ()
         reading.usb.append(UsbPart(driver, host, words.get("id", ""), carries))
     elif driver in _SCSI_DISKS and words.get("drive", "") not in reading.cdroms:
-        reading.carried.append(("scsi", host, reading.disk(words)))
+        disk = reading.disk(words)
+        reading.carried.append(("scsi", host, disk))
+        reading.names[disk] = words.get("wwn", "")
     elif driver in _IDE_DISKS:
         reading.carried.append(("built-in" if host in ("", "ide") else "ide", host, reading.disk(words)))
     elif driver == "nvme-ns":
@@ -251,6 +254,8 @@ def _carry(reading: _Reading, kind: str, host: str, disk: str) -> None:
     for number, part in enumerate(reading.parts):
         if part.id == host or (by_kind and _may_carry(part.driver, kind)):
             reading.parts[number] = replace(part, carries=(*part.carries, disk))
+            if note := known.unseen(part.driver, disk, reading.names.get(disk, "")):
+                reading.notes.append(note)
             return
     reason = f"disk {disk!r} hangs on {host or kind!r}, which is not there"
     raise BadInventory(target=reading.name, field="-device", reason=reason)

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from appliance.errors import BadInventory
 from images.hardware import command_line, libvirt_os
-from images.hardware.parts import NICS, Board, Part, UsbPart, is_q35
+from images.hardware.parts import NICS, Board, Part, UsbPart, is_q35, unseen
 from images.hardware.placing import bridges_first, placed
 from images.model import Firmware
 
@@ -155,17 +155,18 @@ class _Reader:
         elif bus in ("ide", "sata") and self.q35 == (bus == "sata") and controller in ("", "0"):
             self.built_in += carries
         elif bus in ("scsi", "sata", "nvme"):
-            self._carry(f"{bus}{controller or '0'}", carries, number)
+            self._carry(f"{bus}{controller or '0'}", carries, number, one.findtext("wwn", ""))
         elif bus == "fdc":
             pass
         else:
             self._refuse(f"devices/disk[{number}]/target/@bus", f"disks on the bus {bus[:40]!r} are not known")
 
-    def _carry(self, host: str, carries: tuple[str, ...], number: int) -> None:
+    def _carry(self, host: str, carries: tuple[str, ...], number: int, wwn: str) -> None:
         for parts in (self.parts, self.loose):
             for place, part in enumerate(parts):
                 if part.id == host:
                     parts[place] = replace(part, carries=(*part.carries, *carries))
+                    self.notes += filter(None, (unseen(part.driver, disk, wwn) for disk in carries))
                     return
         self._refuse(f"devices/disk[{number}]/address", f"there is no controller {host!r} that it could hang on")
 

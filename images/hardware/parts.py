@@ -19,7 +19,7 @@ from images.model import Firmware
 
 __all__ = [
     "BRIDGES", "DISKS", "HOSTS", "KNOWN", "LESSER", "NICS", "PASSED", "USB_DEVICES", "Board", "Part", "UsbPart",
-    "identifier", "is_q35", "machine_type",
+    "identifier", "is_q35", "machine_type", "unseen",
 ]  # fmt: skip
 
 
@@ -114,6 +114,17 @@ PASSED = frozenset({
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
 _FIXED_MACHINE = re.compile(r"pc|q35|pc-(i440fx|q35)-[A-Za-z0-9._-]{1,40}")
+
+
+# Linux sees no disk without a name behind it (`mptsas_is_end_device` of drivers/message/fusion), and QEMU gives none.
+_SAS = "mptsas1068"
+
+
+def unseen(driver: str, disk: str, wwn: str) -> str:
+    """What to tell of a disk that this controller carries; empty for most."""
+    if driver != _SAS or not disk or wwn:
+        return ""
+    return f"disk {disk!r} has no WWN: Linux does not see it behind an LSI SAS 1068; `image start` gives it one"
 
 
 def is_q35(machine: str) -> bool:

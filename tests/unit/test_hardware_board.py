@@ -225,6 +225,26 @@ def test_other_facts_of_a_definition():
     assert len(board.notes) == 2 and "virtio-balloon-pci" not in drivers(board)
 
 
+def on_scsi(model: str, more: str = "") -> str:
+    return domain(f"<controller type='scsi' index='0' model='{model}'/>{disk('sda', 'scsi', more)}")
+
+
+@pytest.mark.parametrize(
+    ("board", "told"),
+    [
+        (command_line.board_of("-device mptsas1068,id=s -device scsi-hd,drive=x,bus=s.0,id=sda"), True),
+        (command_line.board_of("-device mptsas1068,id=s -device scsi-hd,drive=x,bus=s.0,id=sda,wwn=0x50"), False),
+        (command_line.board_of("-device pvscsi,id=s -device scsi-hd,drive=x,bus=s.0,id=sda"), False),
+        (libvirt_xml.board_of(on_scsi("lsisas1068")), True),
+        (libvirt_xml.board_of(on_scsi("lsisas1068", "<wwn>5000c50015ea71ac</wwn>")), False),
+        (libvirt_xml.board_of(on_scsi("vmpvscsi")), False),
+    ],
+)
+def test_a_sas_disk_without_a_name_is_told(board, told):
+    """P6-17: Linux would not see it there, with all its drivers."""
+    assert any("disk 'sda' has no WWN" in note for note in board.notes) is told
+
+
 def test_bridges_come_before_what_is_behind_them_and_express_devices_get_a_port():
     """As in a definition whose controllers stand in any order, and in one without addresses."""
     xml = domain("""
