@@ -158,14 +158,15 @@ def test_source_is_killed_and_comes_back(source, tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_power_cut_while_the_disk_fills(source, tmp_path):
-    """P6-14: the machine loses its power 20 times at random, while it boots, while its disk fills and when it is alone,
+@pytest.mark.parametrize("seed", [7, 8])
+def test_power_cut_while_the_disk_fills(seed, source, tmp_path):
+    """P6-14: two machines lose their power 10 times each, at random, while it boots, while its disk fills and when it is alone,
     and is booted again: all that was durable is there, from the session or, once it is alone, from its disk, and the
     rest of the disk is the point's."""
-    chance = random.Random(7)
+    chance = random.Random(seed)
     iso, disk = source.image(tmp_path / "image", region=128), source.local()
     written, cuts = {}, collections.Counter()
-    for boot in range(20):
+    for boot in range(10):
         with Machine(iso, disk, tmp_path / f"boot{boot}") as machine:
             if chance.random() < 0.25:
                 time.sleep(chance.uniform(2, 16))
@@ -186,7 +187,7 @@ def test_power_cut_while_the_disk_fills(source, tmp_path):
         assert {name: found.get(name) for name in written} == written
         written |= machine.said("wrote")
     has_no_trouble(machine)
-    assert source.state()["phase"] == "done" and source.state()["boots"] > 10
+    assert source.state()["phase"] == "done" and source.state()["boots"] > 3
     unchanged_outside_the_root(source, disk)
     is_alone(source, iso, disk, tmp_path / "alone", written)
 
