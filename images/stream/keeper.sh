@@ -242,7 +242,10 @@ without_server() { # export, map
     doing "$(tail -n 1 "/tmp/said.$1")"
     if [ -e "/dev/mapper/$2" ] && [ -z "$told" ]; then
         told=yes
-        tell "no answer from $RWS_ADDRESS:$RWS_PORT: reads and writes wait for at most $RWS_PATIENCE s"
+        case $(cat "/tmp/said.$1") in
+            *"not present"*) tell "another machine is served instead of this one, which was silent for too long" ;;
+            *) tell "no answer from $RWS_ADDRESS:$RWS_PORT: reads and writes wait for at most $RWS_PATIENCE s" ;;
+        esac
     fi
     if [ $(($(now) - since)) -ge "$RWS_PATIENCE" ]; then
         if [ -e "/dev/mapper/$2" ]; then give_up "$2" "no server for $RWS_PATIENCE s"; fi

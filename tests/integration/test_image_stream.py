@@ -160,9 +160,9 @@ def test_source_is_killed_and_comes_back(source, tmp_path):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [7, 8])
 def test_power_cut_while_the_disk_fills(seed, source, tmp_path):
-    """P6-14: two machines lose their power 10 times each, at random, while it boots, while its disk fills and when it is alone,
-    and is booted again: all that was durable is there, from the session or, once it is alone, from its disk, and the
-    rest of the disk is the point's."""
+    """P6-14: two machines lose their power 10 times each, at random, while they boot, while their disks fill and when
+    they are alone, and are booted again: all that was durable is there, from the session or, once the machine is alone,
+    from its disk, and the rest of the disk is the point's."""
     chance = random.Random(seed)
     iso, disk = source.image(tmp_path / "image", region=128), source.local()
     written, cuts = {}, collections.Counter()
@@ -214,6 +214,7 @@ def test_second_machine_is_sent_away(source, tmp_path):
             found = third.said("found")
             assert {name: found.get(name) for name in written} == written
             first.go_on()
+            first.wait_for("another machine is served instead of this one", where="console")
             third.wait_for("^end$", 300)
             third.wait()
         assert first.said("wrote") == written

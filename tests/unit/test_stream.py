@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -13,7 +16,10 @@ from appliance.config import Home
 from appliance.errors import ConfigError, NotSupported
 from appliance.extents import Extent
 from appliance.model import MapRef
+from appliance.process import process_key
 from appliance.restore import control, serve
+from appliance.service.image import streaming
+from appliance.store import RepositorySpec
 from images.guest.volumes import Volume
 from images.model import Layer, Mount, Root
 from images.stream.layout import Disk, Layout, Part, layout_of, plain_layout
@@ -265,6 +271,21 @@ def test_secrets_of_a_session_are_the_owners_alone(order, tmp_path):
     assert serve.names(home) == [] and serve.load(home, "rack") is None
     serve.tidy(home, "rack")
     assert not where.exists()
+
+
+@pytest.mark.parametrize(("phase", "key", "again"), [("pulling", "1:1", 1), ("done", "1:1", 1), ("pulling", "", 0)])
+def test_resume_serves_what_nobody_serves(phase, key, again, order, tmp_path, monkeypatch):
+    """P6-14: by the key as this home opens it now; the descriptor that had it is gone with whoever began. A machine
+    whose disks are complete may not know it yet."""
+    home, launched = Home(tmp_path / "home"), []
+    home.create()
+    where = serve.prepare(home, order, {})
+    (where / "order.json").write_text(json.dumps(order.to_json()))
+    (where / "state.json").write_text(json.dumps({"phase": phase, "key": key or process_key(os.getpid())}))
+    monkeypatch.setattr(serve, "launch", lambda _home, wanted, _settings: launched.append(wanted))
+    spec = RepositorySpec("/repo", tmp_path, None)
+    streaming.resume(SimpleNamespace(home=home, spec=spec, settings_file=tmp_path), "rack")
+    assert launched == [replace(order, repository=spec.to_json())] * again
 
 
 def test_session_whose_process_is_gone_is_stopped(order, tmp_path):

@@ -27,7 +27,7 @@ from appliance import nbd
 from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported
 from appliance.extents import Extent
 from appliance.model import Point
-from appliance.process import alone
+from appliance.process import alone, lives
 from appliance.restore import control, hydrate
 from appliance.restore import serve as server
 from appliance.service.elsewhere import choose, export
@@ -246,12 +246,13 @@ def follow(session: Session, name: str, progress: Progress = silent) -> Streamed
 
 
 def resume(session: Session, name: str) -> None:
-    """Serve again, after this host was restarted or the server died: the machine waits for it, or is booted again.
+    """Serve again, after this host was restarted or the server died: the machine waits for it, or is booted again. Also
+    a session that is done: a machine that lost its power just then has to be told that its disks are complete.
     Raises ConfigError for an unknown name, RestoreError as `serve.launch`."""
     order = server.load(session.home, name)
     if order is None:
         raise _unknown(name)
-    if _streamed(session, name).phase == "stopped":
+    if not lives(server.state(session.home, name).get("key", "")):
         # The key may come to us through another descriptor than to whoever began.
         server.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
