@@ -99,7 +99,12 @@ def _target_add(context: Context, name: str | None, replace: bool, domain: str |
         if kind == "xml":
             definition = value.read_text()
         kept = targets.add(session, inventory, definition, replace)
-    _emit_target(context, kept, f"target {kept.inventory.name} is kept: {_hardware(kept.inventory)}")
+    lines = [f"target {kept.inventory.name} is kept: {_hardware(kept.inventory)}", *_notes(kept.inventory)]
+    _emit_target(context, kept, "\n".join(lines))
+
+
+def _notes(inventory: Inventory) -> list[str]:
+    return [f"  note: {note}" for note in inventory.notes]
 
 
 def _inventory(kind: str, value: Any, definition: str, name: str) -> Inventory:
@@ -141,7 +146,7 @@ def _target_show(context: Context, name: str) -> None:
     for device in found.inventory.devices:
         carries = f" carries {', '.join(device.carries)}" if device.carries else ""
         lines.append(f"  {device.slot or '-':14} {device.modalias}  {device.description}{carries}".rstrip())
-    lines += [f"  note: {note}" for note in found.inventory.notes]
+    lines += _notes(found.inventory)
     _emit_target(context, found, "\n".join(lines))
 
 
