@@ -30,7 +30,8 @@ _VOLUMES = TypeAdapter(tuple[Volume, ...])
 
 
 class ConfinedTree:
-    """Not thread-safe. `seconds` is how long one answer may take."""
+    """Not thread-safe. `seconds` is how long one answer may take, with all its parts; all answers together may let us
+    wait for ten times as long."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class ConfinedTree:
         """Start it. Raises ToolFailed, GuestUnreadable; nothing runs then."""
         self._disks = disks
         self._seconds = seconds
+        self._patience = seconds * 10
         self._over: str = ""
         self._child, self._socket = confine.start(program, name="guest-reader", log=log, pass_fds=pass_fds)
 
@@ -136,14 +138,14 @@ class ConfinedTree:
         except wire.Garbage as error:
             raise self._end(f"its reader sent {error}") from error
         except TimeoutError as error:
-            raise self._end(f"its reader gave no answer within {self._seconds:g} s") from error
+            within = f"{self._seconds:g} s" if self._patience > 0 else f"{self._seconds * 10:g} s, all answers together"
+            raise self._end(f"its reader gave no answer within {within}") from error
 
     def _conversation(self, question: dict[str, Any], path: str, parts: bytearray, limit: int) -> Any:
         deadline = time.monotonic() + self._seconds
         self._send(deadline, question)
         while True:
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            answer, data = wire.receive(self._socket)
+            answer, data = self._receive(deadline)
             if "need" in answer:
                 self._send(deadline, *self._block(answer))
             elif "part" in answer and len(parts) + len(data) <= limit:
@@ -157,8 +159,16 @@ class ConfinedTree:
             else:
                 raise wire.Garbage("what was not asked for")
 
+    def _receive(self, deadline: float) -> tuple[dict[str, Any], bytes]:
+        """The time that passes here is the child's alone, not that of disks that we read."""
+        begun = time.monotonic()
+        try:
+            return wire.receive(self._socket, min(deadline, begun + self._patience))
+        finally:
+            self._patience -= time.monotonic() - begun
+
     def _send(self, deadline: float, message: dict[str, Any], data: bytes = b"") -> None:
-        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+        wire.set_limit(self._socket, deadline)
         wire.send(self._socket, message, data)
 
     def _block(self, need: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

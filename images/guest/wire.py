@@ -8,17 +8,20 @@
                      {"done": …}                                  its end
                      {"missing": true} | {"failed": reason, "what": …, "unsupported": true}
 
-Both ends have limits for both lengths, and the parent believes nothing it gets. A time limit is the socket's own.
+Both ends have limits for both lengths, and the parent believes nothing it gets. Its time limit is for whole messages:
+one for each `recv` would let a child that drips bytes hold its parent for ever.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
+import time
 from typing import Any
 
-__all__ = ["CHUNK", "Closed", "Garbage", "receive", "send"]
+__all__ = ["CHUNK", "Closed", "Garbage", "receive", "send", "set_limit"]
 
 # One message's bytes; the JSON holds at most the names of a folder.
 CHUNK = 1 << 20
@@ -44,23 +47,34 @@ def send(to: socket.socket, message: dict[str, Any], data: bytes = b"") -> None:
         raise Closed from error
 
 
-def receive(source: socket.socket) -> tuple[dict[str, Any], bytes]:
-    """The next message. Raises Closed, Garbage, TimeoutError."""
-    head, length = struct.unpack(">II", _exactly(source, 8))
+def receive(source: socket.socket, deadline: float = math.inf) -> tuple[dict[str, Any], bytes]:
+    """The next message, all of it before `deadline` (of `time.monotonic`). Raises Closed, Garbage, TimeoutError."""
+    head, length = struct.unpack(">II", _exactly(source, 8, deadline))
     if head > _JSON or length > CHUNK:
         raise Garbage(f"a message of {head} and {length} bytes")
     try:
-        message = json.loads(_exactly(source, head))
+        message = json.loads(_exactly(source, head, deadline))
     except (ValueError, RecursionError) as error:
         raise Garbage("a message that is not JSON") from error
     if not isinstance(message, dict):
         raise Garbage("a message that is no object")
-    return message, _exactly(source, length)
+    return message, _exactly(source, length, deadline)
 
 
-def _exactly(source: socket.socket, length: int) -> bytes:
+def set_limit(of: socket.socket, deadline: float) -> None:
+    """What is begun now may wait until then. Raises TimeoutError when that is over, also if no waiting is needed."""
+    if deadline == math.inf:
+        return  # the child's: its cage does not let it change a socket
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    of.settimeout(left)
+
+
+def _exactly(source: socket.socket, length: int, deadline: float) -> bytes:
     parts = bytearray()
     while len(parts) < length:
+        set_limit(source, deadline)
         try:
             part = source.recv(min(length - len(parts), CHUNK))
         except TimeoutError:

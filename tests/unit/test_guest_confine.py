@@ -321,6 +321,12 @@ BAD = {
     "ends": ("os._exit(3)", "its reader ended: status 3"),
     "crashes": ("raise RuntimeError('broken')", "its reader ended: RuntimeError: broken"),
     "hangs": ("time.sleep(600)", "no answer within 1 s"),
+    # A limit of each recv would begin anew with every byte; and with every message that asks for something.
+    "drips": ("parent.sendall(struct.pack('>II', 600, 0))\nwhile 1: parent.sendall(b' '); time.sleep(0.05)",
+              "no answer within 1 s"),
+    "drips parts": ("while 600: wire.send(parent, {'part': True}); time.sleep(0.01)", "no answer within 1 s"),
+    "asks for ever": ("while 600: wire.send(parent, {'need': 'vda', 'offset': 0, 'length': 1}); wire.receive(parent)",
+                      "no answer within 1 s"),
     "noise": ("parent.sendall(os.urandom(1 << 16))", "its reader sent a message of"),
     "no JSON": ("parent.sendall(struct.pack('>II', 4, 0) + b'{x}y')", "not JSON"),
     "deep JSON": ("parent.sendall(struct.pack('>II', 400000, 0) + b'[' * 400000)", "not JSON"),
@@ -354,6 +360,16 @@ def test_a_child_gone_wrong_is_an_unreadable_guest(tmp_path, what, reason):
         for _ in range(2):
             with pytest.raises(GuestUnreadable, match=reason):
                 tree.read("/etc/passwd", 1 << 20)
+
+
+def test_slow_answers_are_limited_together(tmp_path):
+    """I5: one that is in time with every answer cannot hold us for as many times as there are files."""
+    slow = "while 1: time.sleep(0.3); wire.send(parent, {'done': []}); wire.receive(parent)"
+    with bad(tmp_path, slow, seconds=1) as tree:
+        with pytest.raises(GuestUnreadable, match="no answer within 10 s, all answers together"):
+            tree._patience = 1.0  # it has used the rest
+            for _ in range(100):
+                assert tree.list("/") == ()
 
 
 def test_blocks_outside_a_disk_are_refused_and_the_child_is_told(tmp_path):
