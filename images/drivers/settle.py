@@ -14,10 +14,9 @@ from collections.abc import Collection
 
 from images.hardware.expand import disk_bus_of
 from images.model import Client, Inventory, Layer
+from images.words import words_of
 
-__all__ = [
-    "command_line", "consoles", "disk_names", "found_on_disks", "identifier_of", "rename", "unstable_name", "words_of",
-]  # fmt: skip
+__all__ = ["command_line", "consoles", "disk_names", "found_on_disks", "identifier_of", "rename", "unstable_name"]
 
 _FAMILY = re.compile(r"/dev/((?:sd|vd|hd|xvd)[a-z]+|(?:nvme\d+n|mmcblk|nbd|md|loop)\d+)(?:p?\d+)?")
 _KINDS = re.compile(r"(sd|vd|hd|xvd|nvme|mmcblk)")
@@ -53,11 +52,6 @@ def disk_names(inventory: Inventory) -> frozenset[str]:
     buses = {disk_bus_of(one.modalias) for one in inventory.devices if one.carries}
     buses |= {inventory.disk_bus} if not any(buses) else set()
     return frozenset(_BUS_NAMES[bus] for bus in buses if bus in _BUS_NAMES)
-
-
-def words_of(line: str) -> list[str]:
-    """The words of a command line: a word may have spaces in double quotes, as the kernel reads it."""
-    return re.findall(r'(?:[^\s"]|"[^"]*"?)+', line)
 
 
 def consoles(line: str) -> list[str]:

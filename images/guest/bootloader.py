@@ -19,6 +19,7 @@ from appliance.errors import GuestUnreadable
 from images.guest.grub import Entry, choose, expand, parse_grub, parse_grubenv, version_key
 from images.guest.texts import fields, lines, listed, printable, text
 from images.tree import Kind, Tree, exists
+from images.words import words_of
 
 __all__ = ["Boot", "boot_entry"]
 
@@ -107,7 +108,7 @@ def _bls_entry(tree: Tree, path: str, variables: Mapping[str, str]) -> Entry:
             entry.initrds += tuple(expand(value, variables).split())
         elif key == "options":
             options.append(expand(value, variables))
-    entry.options = " ".join(" ".join(options).split())
+    entry.options = " ".join(words_of(" ".join(options)))
     return entry
 
 
@@ -143,7 +144,7 @@ def _placed(tree: Tree, entry: Entry, where: str, mounts: Mapping[str, str], war
         if not path:
             warnings.append(f"initrd {printable(name)!r}, which {where} names, is not there")
     real = [path for path in initrds if path and not any(mark in path.rpartition("/")[2] for mark in _MICROCODE)]
-    words = [word for word in entry.options.split() if not word.startswith(_LEFT_OUT)]
+    words = [word for word in words_of(entry.options) if not word.startswith(_LEFT_OUT)]
     return Boot(kernel, real[-1] if real else "", " ".join(words), where, tuple(warnings))
 
 

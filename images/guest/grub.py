@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from images.guest.texts import fields, lines
+from images.words import one_word
 
 __all__ = ["Entry", "GrubMenu", "parse_grub", "parse_grubenv", "version_key"]
 
@@ -21,6 +22,8 @@ _DEPTH = 16
 # A variable in a variable in a line: what that grows to is limited by these.
 _VARIABLES, _VALUE, _LINE = 1000, 4096, 16384
 _VARIABLE = re.compile(r"\$(?:\{(\w{1,64})\}|(\w{1,64}))")
+# A part of a word: in single quotes, in double ones, after a backslash, or none of these.
+_PIECE = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|([^\s"'\\]+)""")
 _WORD = re.compile(r"""(?:[^\s"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
 
 
@@ -109,7 +112,7 @@ class _Parser:
         elif words[0] in ("blscfg", "bls_import"):
             self.bls = True
         else:
-            self._in_entry(words)
+            self._in_entry(words, line)
 
     def _begin(self, words: list[str]) -> None:
         entry = None
@@ -136,13 +139,13 @@ class _Parser:
         elif not self._environment.get("next_entry"):
             self.default = expand(value, self.variables)
 
-    def _in_entry(self, words: list[str]) -> None:
+    def _in_entry(self, words: list[str], line: str) -> None:
         entry = next((one for one in reversed(self._open) if one is not None), None)
         if entry is None or len(words) < 2:
             return
         if words[0] in ("linux", "linux16", "linuxefi"):
             entry.kernel = expand(words[1], self.variables)
-            entry.options = " ".join(filter(None, (expand(word, self.variables) for word in words[2:])))
+            entry.options = " ".join(map(one_word, filter(None, _arguments(line, self.variables)[2:])))
         elif words[0] in ("initrd", "initrd16", "initrdefi"):
             entry.initrds = tuple(expand(word, self.variables) for word in words[1:])
 
@@ -156,6 +159,22 @@ def _words(line: str) -> list[str]:
             break
         words.append(re.sub(r"""\\(.)|["']""", r"\1", word))
     return words
+
+
+def _arguments(line: str, variables: Mapping[str, str]) -> list[str]:
+    """The words of a line as a command of GRUB gets them: with variables, whose spaces make words unless they are in
+    quotes. For the kernel GRUB puts quotes around a word that has spaces (grub-core/lib/cmdline.c)."""
+    found: list[str] = []
+    for token in _WORD.findall(line[:_LINE]):
+        if token.startswith("#"):
+            break
+        words = [""]
+        for single, double, escaped, bare in _PIECE.findall(token):
+            first, *others = re.split(r"\s+", expand(bare, variables))
+            quoted = single or escaped or expand(re.sub(r"\\(.)", r"\1", double), variables)
+            words = [*words[:-1], words[-1] + quoted + first, *others]
+        found += words
+    return found
 
 
 def _id(words: list[str]) -> str:

@@ -25,6 +25,7 @@ from images.guest.texts import fields, lines, printable, text
 from images.guest.volumes import Volume
 from images.model import Client, Firmware, Generator, Layer, Mount, Root
 from images.tree import Tree, exists
+from images.words import words_of
 
 __all__ = ["Mountable", "System", "client_of", "find_system"]
 
@@ -213,11 +214,11 @@ def _command_line(boot: Boot) -> str:
     line = boot.command_line
     if any(not letter.isprintable() for letter in line) or len(line) > 2048:
         raise GuestUnreadable(what=f"the command line in {boot.found_in}", reason=f"it is {printable(line)!r}")
-    return " ".join(word for word in line.split(" ") if not word.startswith(("BOOT_IMAGE=", "initrd=")))
+    return " ".join(word for word in words_of(line) if not word.startswith(("BOOT_IMAGE=", "initrd=")))
 
 
 def _root(boot: Boot, system: System, volumes: Sequence[Volume], warnings: list[str]) -> Root:
-    words = dict(word.partition("=")[::2] for word in boot.command_line.split())
+    words = dict(word.partition("=")[::2] for word in words_of(boot.command_line))
     in_fstab = next((line for line in system.fstab if line.where == "/"), None)
     spec = words.get("root") or (in_fstab.spec if in_fstab else "")
     names, volume = Names(volumes), system.root

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from appliance.errors import ImageError
-from images.drivers.settle import words_of
 from images.media.base import Parts
+from images.words import words_of
 
 __all__ = ["grub", "ipxe", "pxelinux"]
 

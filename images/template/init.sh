@@ -40,7 +40,17 @@ read_settings() {
     ROOT=$RW_ROOT FLAGS=$RW_FLAGS FS=$RW_FS MODE=ro INIT='' DELAY=0
     read -r line </proc/cmdline
     set -f # a word of the command line with a star is not a pattern
+    quoted=''
     for word in $line; do
+        # A value in quotes may have spaces; what stands in it is no word for us.
+        case $word in
+            *\"*\"*) ;;
+            *\"*)
+                if [ -n "$quoted" ]; then quoted=''; else quoted=yes; fi
+                continue
+                ;;
+        esac
+        [ -z "$quoted" ] || continue
         case $word in
             root=*) ROOT=${word#root=} ;;
             rootflags=*) FLAGS=${word#rootflags=} ;;

@@ -183,7 +183,7 @@ def test_words_of_a_boot_loader_are_no_part_of_the_command_line(tmp_path):
     line = "root=/dev/vda1 initrd=../other BOOT_IMAGE=/x  ro\n"
     image = debian(tmp_path / "disk", {"/boot/grub/grub.cfg": None, "/etc/kernel/cmdline": line})
     with open_guest({"vda": str(image)}, tmp_path) as guest:
-        assert guest.client.command_line == "root=/dev/vda1  ro"
+        assert guest.client.command_line == "root=/dev/vda1 ro"
 
 
 @pytest.mark.timeout(60)
@@ -257,8 +257,24 @@ def test_lines_of_a_grub_entry():
     menu = parse_grub(ADVANCED, {})
     first = menu.entries[0]
     assert (first.options, first.initrds) == ("root=/dev/x ro quiet vt.handoff=7", ("/amd-ucode.img", "/initrd-3"))
-    assert menu.entries[1].children[1].options == "root=/dev/x a=b c last"
+    assert menu.entries[1].children[1].options == 'root=/dev/x "a=b c" last'
     assert [entry.id for entry in menu.entries[1].children] == ["three", "two"]
+
+
+@pytest.mark.parametrize(("line", "options"), [
+    ('a="b c" d', '"a=b c" d'),
+    ("a='b $two' d", '"a=b $two" d'),
+    ('a="b $two" d', '"a=b x y" d'),
+    ("a=$two d", "a=x y d"),
+    ("a=b\\ c", '"a=b c"'),
+    ('dyndbg="file x root=/dev/evil +p" root=/dev/x', '"dyndbg=file x root=/dev/evil +p" root=/dev/x'),
+    ("$two", "x y"), ('""', ""), ("a=b # c", "a=b"), ('a=\\"b\\"', "a=b"),
+])  # fmt: skip
+def test_a_word_with_spaces_stays_one(line, options):
+    """GRUB gives the kernel a word in quotes where the word has spaces. Without them a part of a value was a word of
+    its own: here a root that no boot loader would have taken."""
+    menu = parse_grub(f"set two='x y'\nmenuentry 'x' {{\nlinux /vmlinuz {line}\n}}\n", {})
+    assert menu.chosen().options == options
 
 
 def test_grubenv_as_grub_fills_it():

@@ -322,6 +322,16 @@ def test_volumes_that_init_activates(volume, usr, expected):
     assert "\n    if has lvm; then activate_volumes; fi\n" in text
 
 
+def test_words_in_the_quotes_of_another_are_none_for_init(tmp_path):
+    """The kernel takes `"a=b root=/dev/evil"` for one word, and so does init."""
+    (tmp_path / "cmdline").write_text('"dyndbg=file x root=/dev/evil +p" a="b" root=/dev/x b="c rw" rootflags=y\n')
+    text = _INIT.read_text().replace("/proc/cmdline", f"{tmp_path}/cmdline").replace("/rw/conf", f"{tmp_path}/none")
+    function = text[text.index("\nread_settings() {") :].partition("\n}\n")[0] + "\n}\n"
+    script = f'{function}read_settings; echo "$ROOT $FLAGS $MODE"'
+    done = subprocess.run(["sh", "-euc", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "/dev/x y ro\n"
+
+
 def test_init_is_a_script_without_faults():
     path = _INIT
     assert subprocess.run(["shellcheck", path], capture_output=True).returncode == 0
