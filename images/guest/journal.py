@@ -10,12 +10,16 @@ which give them in their places.
 
 As the kernel does it (fs/jbd2/recovery.c; format: Documentation/filesystems/ext4/journal.rst): a transaction without
 its commit block, or whose checksum is wrong, ends the journal. Fast commits are Unsupported when there are any.
+Journals without metadata_csum may have one checksum of a whole transaction instead, in its commit block: with
+`journal_async_commit` the commit block may be on the disk before the others are, and only this sum tells. A wrong sum
+in the midst is damage, which the kernel refuses, and so do we.
 All numbers in a journal are big-endian. Not thread-safe.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -33,6 +37,12 @@ _DESCRIPTOR, _COMMIT, _SUPER_1, _SUPER_2, _REVOKE = range(1, 6)
 
 _HAS_REVOKE, _BIT64, _ASYNC, _CSUM_2, _CSUM_3, _FAST = 1, 2, 4, 8, 16, 32
 _READABLE = ~(_HAS_REVOKE | _BIT64 | _ASYNC | _CSUM_2 | _CSUM_3 | _FAST)
+
+# A compatible feature: older kernels pass the sum over.
+_SUMS = 1
+_SUM_CRC32, _SUM_BYTES = 1, 4
+_NO_SUM = 0xFFFFFFFF
+_BACKWARDS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 _ESCAPED, _SAME_UUID, _DELETED, _LAST = 1, 2, 4, 8
 _FAST_HEAD = 9
@@ -74,6 +84,9 @@ class _Transaction:
     sequence: int
     writes: list[tuple[int, _Copy]] = field(default_factory=list)
     revokes: list[int] = field(default_factory=list)
+    sum: int = _NO_SUM
+    whole: bool = True
+    time: int = 0
 
 
 class _Replayed:
@@ -123,6 +136,7 @@ class _Journal:
         self._length, self._first, self._sequence, self._start = numbers
         old = kind == _SUPER_1
         self._features = 0 if old else int.from_bytes(raw[0x28:0x2C], "big")
+        self._sums = not old and bool(int.from_bytes(raw[0x24:0x28], "big") & _SUMS)
         if magic != _MAGIC or kind not in (_SUPER_1, _SUPER_2) or size != block_size:
             raise GuestUnreadable(what=name, reason="its superblock is not right")
         if self._features & _READABLE:
@@ -152,7 +166,24 @@ class _Journal:
         }
 
     def _transactions(self) -> Iterator[_Transaction]:
-        """The committed ones. No block of the journal is looked at twice, so a circle ends."""
+        """The committed ones, up to one that was not written whole."""
+        broken: _Transaction | None = None
+        newest = 0
+        for one in self._committed():
+            if broken:
+                raise GuestUnreadable(what=self._name, reason=f"transaction {broken.sequence} in it is damaged")
+            if one.whole:
+                newest = one.time
+                yield one
+            elif one.time < newest:
+                return  # of an older life of this file system
+            elif self._features & _ASYNC:
+                broken = one  # the last one, if all is well
+            else:
+                raise GuestUnreadable(what=self._name, reason=f"transaction {one.sequence} in it is damaged")
+
+    def _committed(self) -> Iterator[_Transaction]:
+        """Those with a commit block. No block of the journal is looked at twice, so a circle ends."""
         at, left = self._start, self._end - self._first
         now = _Transaction(self._sequence & 0xFFFFFFFF)
         while left > 0:
@@ -163,9 +194,12 @@ class _Journal:
             used = 1
             if kind == _DESCRIPTOR:
                 used += self._describe(raw, at, now)
+                self._add_up(now, at, min(used, left))
             elif kind == _REVOKE:
                 now.revokes += self._revoked(raw)
             elif kind == _COMMIT:
+                now.time = int.from_bytes(raw[48:56], "big")
+                now.whole = not self._sums or _sum_fits(raw, now.sum)
                 yield now
                 now = _Transaction((now.sequence + 1) & 0xFFFFFFFF)
             else:
@@ -180,6 +214,12 @@ class _Journal:
             place = self._after(at, count) * self._size
             now.writes.append((number, _Copy(place, now.sequence, bool(flags & _ESCAPED), checksum)))
         return count
+
+    def _add_up(self, now: _Transaction, at: int, count: int) -> None:
+        """The descriptor block and what follows it, where the commit block has their sum. Blocks that revoke are not in
+        it."""
+        for number in range(count if self._sums else 0):
+            now.sum = _crc_be(now.sum, self._raw(self._after(at, number)))
 
     def _tags(self, raw: bytes) -> Iterator[tuple[int, int, _Checksum | None]]:
         """(block, flags, checksum)."""
@@ -241,6 +281,21 @@ def _file(files: Ext4, number: int) -> Blocks:
         pieces.append(Piece(files._blocks, place, length))
         end = at + length
     return Linear(f"the journal on {files.name}", pieces)
+
+
+def _sum_fits(commit: bytes, found: int) -> bool:
+    """A commit block may also be without a sum: its transaction is believed then, as the kernel does."""
+    kind, size, told = struct.unpack_from(">BBxxI", commit, 12)
+    return (kind, size, told) in ((_SUM_CRC32, _SUM_BYTES, found), (0, 0, 0))
+
+
+def _crc_be(seed: int, data: bytes) -> int:
+    """CRC-32 as the kernel's crc32_be counts it: from the highest bit down, and not inverted. zlib counts up."""
+    return _mirrored(zlib.crc32(data.translate(_BACKWARDS), _mirrored(seed) ^ 0xFFFFFFFF) ^ 0xFFFFFFFF)
+
+
+def _mirrored(number: int) -> int:
+    return int(f"{number:032b}"[::-1], 2)
 
 
 def _crc(seed: int, data: bytes) -> int:

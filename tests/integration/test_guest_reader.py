@@ -17,7 +17,7 @@ from images.guest.confine import user
 from images.guest.ext4 import Ext4
 from images.guest.files import Walker
 from images.guest.inspect import client_of, find_system
-from images.guest.journal import open_ext4
+from images.guest.journal import _file, _Journal, open_ext4
 from images.guest.reader import ConfinedTree
 from images.guest.sources import open_disks, serve_disks
 from images.model import Generator, Layer
@@ -103,6 +103,7 @@ JOURNALS = {
     "ext4-no-checksums": (("-O", "^metadata_csum,^64bit"), ()),
     "ext4-data-journal": (("-b", "1024", "-J", "size=4"), ("data=journal",)),
     "ext3": (("-t", "ext3"), ()),
+    "ext4-async-commit": (("-O", "^metadata_csum,^64bit"), ("data=writeback", "journal_async_commit")),
 }
 
 
@@ -126,6 +127,49 @@ def test_a_disk_of_a_running_guest_is_read_as_if_its_journal_had_been_replayed(t
             assert seen(open_ext4(image_of(crash))) == truth
             stale += not _same(crash, truth)
     assert stale
+
+
+@needs_world
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("options", "last"), [
+    (("data=writeback", "journal_async_commit"), True), (("data=writeback", "journal_async_commit"), False),
+    (("journal_checksum",), True),
+], ids=["async, the last one", "async, one in the midst", "the last one"])  # fmt: skip
+def test_a_transaction_that_is_not_whole(tmp_path, options, last):
+    """P6-01, P6-16: a commit block may reach the disk before what it commits; only the sum in it tells. The kernel says
+    what is right: a last one that is not whole never was, and any other is damage."""
+    image, crash, folder = tmp_path / "image", tmp_path / "crash", tmp_path / "mnt"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^metadata_csum,^64bit", image], check=True)
+    with mounted(image, folder, *options):
+        for number in range(3):
+            (folder / f"file{number}").write_bytes(b"x" * 5000)
+            commit(folder)
+        shutil.copyfile(image, crash)
+        whole = walked(folder)
+    plain = Ext4(image_of(crash))
+    done = list(_Journal(_file(plain, plain.superblock.journal), plain.superblock.block_size, "it")._transactions())
+    assert len(done) >= 3
+    _, copy = (done[-1] if last else done[-2]).writes[-1]
+    with crash.open("r+b") as file:
+        (at,) = [place + copy.offset - at for at, place, size in plain.places(plain.superblock.journal)
+                 if at <= copy.offset < at + size]  # fmt: skip
+        file.seek(at + 7)
+        file.write(b"\xa5")
+    (tmp_path / "kernel").write_bytes(crash.read_bytes())
+    try:
+        with mounted(tmp_path / "kernel", tmp_path / "mnt2", *options):
+            truth = walked(tmp_path / "mnt2")
+    except subprocess.CalledProcessError:
+        truth = None
+    assert (truth is not None) == (last and "journal_async_commit" in options)
+    if truth is None:
+        with pytest.raises(GuestUnreadable, match=r"transaction \d+ in it is damaged"):
+            open_ext4(image_of(crash))
+    else:
+        assert seen(open_ext4(image_of(crash))) == truth
+        assert "/file1" in truth and truth != whole
 
 
 def _same(crash, truth):
