@@ -74,7 +74,7 @@ def with_libraries(names: Iterable[str], into: Path) -> list[Package]:
                 package = unpack(archive, into)
                 found[package.name] = package
         needed = {need for name in waiting if name in found for need in found[name].needs}
-        waiting = sorted(need for need in needed - found.keys() if need.startswith("lib"))
+        waiting = sorted(need for need in needed - found.keys() if need.startswith(("lib", "zlib")))
     return [found[name] for name in sorted(found)]
 
 

@@ -26,6 +26,18 @@ listening() {
         /proc/net/udp6 2>/dev/null | sort -u
 }
 
+# A service that was started need not answer yet, and one that will fail may not have failed: wait until nothing has
+# begun to listen for five seconds, for thirty at most.
+settle() {
+    before='' same=0 left=30
+    while [ "$same" -lt 5 ] && [ "$left" -gt 0 ]; do
+        now=$(listening)
+        [ "$now" = "$before" ] || same=0
+        before=$now same=$((same + 1)) left=$((left - 1))
+        sleep 1
+    done
+}
+
 running() {
     uname -r | fact kernel
     uname -n | fact running_host_name
@@ -64,6 +76,7 @@ stty -F "$port" raw -echo
 echo 'rewind-report begin' >"$port"
 # It answers when nothing is starting any more, or when systemd is too old to wait.
 timeout 240 systemctl is-system-running --wait >/dev/null 2>&1
+settle
 {
     running
     lying

@@ -28,13 +28,16 @@ _CARRIED = [
 ]  # fmt: skip
 # Without an init in there, packages must not try to start their daemons.
 _POLICY = "#!/bin/sh\nexit 101\n"
+# A root that is only changed to is none to the kernel: nobody may make a user namespace in it.
 _ENTER = """
 mount --bind "$0" "$0"
 cd "$0"
 mount -t proc proc proc
 mount -t sysfs sys sys
 mount --rbind /dev dev
-exec chroot . sh -ec 'cd /srv/rewind && exec "$@"' sh "$@"
+mkdir -p .machine
+pivot_root . .machine
+exec chroot . sh -ec 'umount -l /.machine && cd /srv/rewind && exec "$@"' sh "$@"
 """
 
 
