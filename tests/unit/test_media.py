@@ -125,6 +125,8 @@ def test_network_files(parts, tmp_path):
     media()["pxe"].make(parts, folder)
     assert (folder / "boot.ipxe").read_text().startswith("#!ipxe\nkernel vmlinuz initrd=initrd root=/dev/x ro\n")
     assert "APPEND root=/dev/x ro\n" in (folder / "pxelinux.cfg/default").read_text()
+    told = (folder / "README").read_text()
+    assert all(name in told for name in ("rewind.efi", "boot.ipxe", "pxelinux.cfg/default", "grub/grub.cfg"))
     checked = subprocess.run(["sha256sum", "--check", "--strict", "sha256sums"], cwd=folder, capture_output=True)
     assert checked.returncode == 0
 
