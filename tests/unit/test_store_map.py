@@ -11,7 +11,7 @@ import pytest
 
 from appliance.errors import IntegrityError, PermissionDenied
 from appliance.model import MapRef
-from appliance.store import Key, Repository
+from appliance.store import Key, Repository, manifest
 from appliance.store.backend.memory import MemoryBackend
 from appliance.store.backend.wrap import Counting
 from appliance.store.codec import Box, compress, decompress
@@ -325,3 +325,15 @@ def test_listing_does_not_read_the_lists_of_changes(repo):
     assert counting.counts.bytes_read < 20 * 17_000
     assert time.process_time() - start < 1
     assert len(repo.point("p7").disks[0].changed) == 100_000
+
+
+@pytest.mark.parametrize(
+    "indexes", [None, (), (0,), (127,), (128,), (5, 6, 300), tuple(range(0, 1000, 127)), tuple(range(0, 1000, 128))]
+)
+def test_a_list_of_changed_chunks_is_read_back(indexes):
+    """A7, A9: gaps of one byte and longer ones; the next list begins behind it, and one that is cut is noticed."""
+    encoded = manifest._encode_list(indexes)
+    assert manifest._decode_list(b"x" + encoded + b"\x02\x07", 1) == (indexes, 1 + len(encoded))
+    assert manifest._decode_list(encoded + b"\x02\x07", len(encoded)) == ((7,), len(encoded) + 2)
+    with pytest.raises(IndexError):
+        manifest._decode_list(encoded[:-1], 0)
