@@ -43,7 +43,7 @@ __all__ = ["FORMATS", "verify_image", "write_image"]
 FORMATS = ("qcow2", "raw")
 
 _PROGRESS = re.compile(r"\((\d+(?:\.\d+)?)/100%\)")
-_POLL = 0.2
+_POLL = 0.05
 # Reads of the target in flight while it is verified, and chunks a request: 4 MiB in all.
 _VERIFIERS = 4
 _VERIFY_CHUNKS = 16
