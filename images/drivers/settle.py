@@ -133,7 +133,10 @@ def rename(client: Client, inventory: Inventory) -> tuple[dict[str, str], list[s
             continue
         given[nic.mac] = name
         if client.nics[name]:
-            notes.append(f"the client knows {name} by {client.nics[name]}; the card that gets this name has {nic.mac}")
+            notes.append(
+                f"the client knows {name} by {client.nics[name]}; the card that gets this name has {nic.mac}, "
+                "which its configuration is told with --settle"
+            )
     if free and cards:
         notes.append(f"the client's configuration expects {', '.join(free)}, for which the target has no card")
     elif free:

@@ -1,53 +1,71 @@
-"""What a person chooses of the steps: `--settle`, `--identity`, `--host-name`, `--grow`."""
+"""What a person chooses of the steps: `--settle`, `--identity`, `--keep`, `--host-name`, `--grow`."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from appliance.errors import ConfigError
 from images.media.base import check_command_line
 from images.model import Plan
 from images.settle.lay import lay
 from images.settle.steps.host_name import fits
+from images.settle.steps.kept import PARTS
 from images.template.settings import Settings, settings_for
 
-__all__ = ["After", "with_steps"]
+__all__ = ["REPORTS", "After", "report_of", "with_steps"]
+
+# Where a client keeps what came of it (`run.sh`).
+REPORTS = "/var/lib/rewind"
 
 
 @dataclass(frozen=True, slots=True)
 class After:
     """What is to become of a client once it runs. `settle`: its disk starts by itself. `identity`: `new` gives it a
-    host name, a machine id, SSH host keys and addresses of its own. `host_name`: the new one; empty for one that is
-    made from the old one. `grow`: the root takes the room of a larger disk."""
+    host name, a machine id, SSH host keys and addresses of its own, but for those named in `keep`. `host_name`: the new
+    one; empty for one that is made from the old one. `grow`: the root takes the room of a larger disk."""
 
     settle: bool = False
     identity: Literal["keep", "new"] = "keep"
     host_name: str = ""
     grow: bool = False
+    keep: tuple[str, ...] = ()
 
     def named(self, name: str) -> After:
         """With that host name where a new one is wanted and none was chosen, if a host may be called so."""
-        if self.identity != "new" or self.host_name or not fits(name):
+        if self.identity != "new" or self.host_name or "host-name" in self.keep or not fits(name):
             return self
         return replace(self, host_name=name)
 
     def choice(self, plan: Plan, seed: str) -> dict[str, dict[str, Any]]:
         """Steps and their fields; the same for the same arguments."""
-        chosen: dict[str, dict[str, Any]] = {}
+        chosen: dict[str, dict[str, Any]] = {part: {} for part in self._new()}
         digest = hashlib.sha256(f"{seed}\0{self.host_name}".encode()).digest()
-        if self.host_name or self.identity == "new":
+        if "host-name" in chosen:
             old = plan.client.host.partition(".")[0]
             chosen["host-name"] = {"name": self.host_name or f"{old[:58]}-{digest.hex()[:4]}"}
-        if self.identity == "new":
+        if "machine-id" in chosen:
             chosen["machine-id"] = {"id": uuid.UUID(bytes=digest[:16], version=4).hex}
-            chosen |= {"ssh-keys": {}, "addresses": {}}
+        kept = [part for part in PARTS if part not in chosen]
+        if self.settle or self.identity == "new":
+            chosen |= {"cloud-init": {}, "cards": {}}
+            if kept:
+                chosen["kept"] = {"parts": kept}
         if self.settle:
             chosen |= {"nics": {}, "initramfs": {}, "loader": {}}
         if self.grow:
             chosen["grow"] = {}
         return chosen
+
+    def _new(self) -> list[str]:
+        """The parts of an identity that it gets anew."""
+        if self.host_name and "host-name" in self.keep:
+            raise ConfigError(reason=f"the host name is to be kept, and to be {self.host_name!r}", hint="choose one")
+        new = [part for part in PARTS if self.identity == "new" and part not in self.keep]
+        return new if "host-name" in new or not self.host_name else ["host-name", *new]
 
 
 def with_steps(plan: Plan, after: After, seed: str, settings: Settings | None = None) -> tuple[Plan, Settings]:
@@ -61,3 +79,11 @@ def with_steps(plan: Plan, after: After, seed: str, settings: Settings | None = 
         check_command_line(line)
         plan = replace(plan, command_line=line)
     return plan, replace(settings, run={**settings.run, **laid.run})
+
+
+def report_of(settings: Settings) -> str:
+    """The name that the report of the settling phase has in `REPORTS`; empty when there is no such phase."""
+    told = settings.run.get("rewind/settle/settings", b"").decode()
+    found = re.search(r"^RW_IMAGE=([0-9a-f]+)$", told, re.M)
+    settling = any("/steps/settle/" in name for name in settings.run)
+    return f"settle-{found[1]}" if found and settling else ""

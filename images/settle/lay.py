@@ -34,7 +34,7 @@ DefaultDependencies=no
 Conflicts=shutdown.target
 After=local-fs.target systemd-remount-fs.service systemd-machine-id-commit.service
 Wants=network-pre.target
-Before=sysinit.target network-pre.target ssh.service sshd.service shutdown.target
+Before=sysinit.target network-pre.target cloud-init-local.service ssh.service sshd.service shutdown.target
 
 [Service]
 Type=oneshot

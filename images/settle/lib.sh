@@ -32,11 +32,13 @@ save() {
     mkdir -p "$RW_STATE/before${1%/*}" && cp -a "$1" "$RW_STATE/before$1"
 }
 
-# Puts new content, the standard input, in the place of a file, in one moment and with the old one's owner and mode.
+# Puts new content, the standard input, in the place of a file, in one moment and with the old one's owner and mode. What
+# a power cut leaves has a name that no program reads beside the others.
 replace() {
     save "$1" || return 1
-    [ ! -e "$1" ] || cp -a "$1" "$1.rewind-new" || return 1
-    cat >"$1.rewind-new" && sync "$1.rewind-new" && mv "$1.rewind-new" "$1"
+    fresh=${1%/*}/.${1##*/}.rewind-new
+    [ ! -e "$1" ] || cp -a "$1" "$fresh" || return 1
+    cat >"$fresh" && sync "$fresh" && mv "$fresh" "$1"
 }
 
 # The disks (sda nvme0n1) below what is mounted at $1, through all layers.
@@ -56,3 +58,71 @@ drivers_of() {
         path=${path%/*}
     done | sort -u
 }
+
+# --- the network's configuration ------------------------------------------------------------------------------------
+
+# Files with fixed addresses, one a line. A name server's address is none.
+fixed_addresses() {
+    for file in /etc/network/interfaces /etc/network/interfaces.d/*; do
+        [ -f "$file" ] && grep -Eq '^[[:space:]]*iface .*[[:space:]]static' "$file" && echo "$file"
+    done
+    for file in /etc/systemd/network/*.network; do
+        [ -f "$file" ] && grep -Eq '^(Address|Gateway)=' "$file" && echo "$file"
+    done
+    for file in /etc/NetworkManager/system-connections/*; do
+        [ -f "$file" ] && grep -Eq '^address(es)?[0-9]*=' "$file" && echo "$file"
+    done
+    for file in /etc/sysconfig/network-scripts/ifcfg-* /etc/sysconfig/network/ifcfg-*; do
+        [ -f "$file" ] && grep -Eq '^IPADDR[0-9]*=' "$file" && echo "$file"
+    done
+    for file in /etc/netplan/*.yaml; do
+        [ -f "$file" ] && netplan_fixed "$file" && echo "$file"
+    done
+    return 0
+}
+
+# Of netplan: `addresses` or a gateway that are not those of name servers.
+netplan_fixed() {
+    awk '
+        { match($0, /^ */); deep = RLENGTH }
+        /^ *(#.*)?$/ { next }
+        inside && deep <= under { inside = 0 }
+        /^ *nameservers:/ { inside = 1; under = deep; next }
+        !inside && /(^|[ {,])(addresses|gateway4|gateway6):/ { found = 1 }
+        END { exit !found }' "$1"
+}
+
+# Files that give a card another hardware address than its own.
+given_macs() {
+    for file in /etc/network/interfaces /etc/network/interfaces.d/*; do
+        [ -f "$file" ] && grep -Eq '^[[:space:]]*hwaddress[[:space:]]' "$file" && echo "$file"
+    done
+    for file in /etc/systemd/network/*.network /etc/systemd/network/*.link; do
+        [ -f "$file" ] && awk '/^\[/ { link = $0 == "[Link]" } link && /^MACAddress=/ { found = 1 } END { exit !found }' \
+            "$file" && echo "$file"
+    done
+    for file in /etc/NetworkManager/system-connections/*; do
+        [ -f "$file" ] && grep -Eq '^cloned-mac-address=([0-9A-Fa-f]{2}:){5}' "$file" && echo "$file"
+    done
+    for file in /etc/sysconfig/network-scripts/ifcfg-*; do
+        [ -f "$file" ] && grep -q '^MACADDR=' "$file" && echo "$file"
+    done
+    for file in /etc/netplan/*.yaml; do
+        [ -f "$file" ] && netplan_gives_mac "$file" && echo "$file"
+    done
+    return 0
+}
+
+# `macaddress` below `match` only finds a card.
+netplan_gives_mac() {
+    awk '
+        { match($0, /^ */); deep = RLENGTH }
+        /^ *(#.*)?$/ { next }
+        inside && deep <= under { inside = 0 }
+        /^ *match:/ { inside = 1; under = deep; next }
+        !inside && /^ *macaddress:/ { found = 1 }
+        END { exit !found }' "$1"
+}
+
+# Its generator has run before any of our units did.
+netplan_again() { ! has netplan || try netplan generate; }

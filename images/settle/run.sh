@@ -25,6 +25,11 @@ rm -f "$RW_STATE/.writable"
 failed=0
 for script in "$here/steps/$phase"/*; do
     RW_STEP=${script##*/[0-9][0-9]-}
+    # A start that was cut off has done some of them: keys, for one, do not change a second time.
+    if grep -qsx "$RW_STEP" "$done_mark.steps"; then
+        say "done before, for this image"
+        continue
+    fi
     code=0
     # shellcheck disable=SC1090 # a step
     (. "$script") || code=$?
@@ -34,6 +39,9 @@ for script in "$here/steps/$phase"/*; do
         4) say "left as it was" ;;
         *) say "failed ($code)" && failed=1 ;;
     esac
+    case $code in 0 | 3) ;; *) echo "$RW_STEP" >>"$here/undone" ;; esac
+    sync
+    case $code in 0 | 3) echo "$RW_STEP" >>"$done_mark.steps" && sync "$done_mark.steps" ;; esac
 done
 sync
 RW_STEP=$phase
@@ -41,6 +49,7 @@ if [ "$failed" != 0 ]; then
     say "not all could be done; it is tried again at the next start from this boot volume"
     exit 1
 fi
-cp "$RW_REPORT" "$done_mark"
+cp "$RW_REPORT" "$done_mark.new" && sync "$done_mark.new" && mv "$done_mark.new" "$done_mark"
+rm -f "$done_mark.steps"
 sync
 say "done"

@@ -8,5 +8,8 @@ __all__ = ["STEP"]
 
 STEP = Step(
     name="addresses", phase="identity", order=40,
-    description="network cards with fixed addresses ask for them by DHCP (ifupdown, systemd-networkd, NetworkManager)",
+    description=(
+        "network cards ask for their addresses by DHCP and have their own hardware's (ifupdown, networkd, netplan, "
+        "NetworkManager); old leases go"
+    ),
 )  # fmt: skip

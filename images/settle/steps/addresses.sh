@@ -1,6 +1,8 @@
 #!/bin/sh
-# Fixed addresses become DHCP, in the files of each program that has some. Files of others are named and left.
-changed=
+# shellcheck disable=SC2015 # whatever fails of it, the step has failed
+# Fixed addresses become DHCP, in the files of each program that has some, and cards get the hardware addresses that they
+# are made with. What the old machine was given by DHCP is forgotten. Files of others are named and left.
+changed='' left=''
 
 # $1 is a file, the rest is awk and its program; the file is replaced if that makes another one of it.
 rewrite() {
@@ -16,25 +18,28 @@ rewrite() {
 asks() { has dhclient || has dhcpcd || has dhcpcd5 || has udhcpc || has pump; }
 for file in /etc/network/interfaces /etc/network/interfaces.d/*; do
     [ -f "$file" ] || continue
-    if ! asks; then
-        grep -Eq '^[[:space:]]*iface .*[[:space:]]static' "$file" || continue
-        say "$file has fixed addresses, and the guest has no program to ask by DHCP: it is left as it is"
-        left=1
-        continue
+    fixed=1
+    if ! asks && grep -Eq '^[[:space:]]*iface .*[[:space:]]static' "$file"; then
+        say "$file has fixed addresses, and the guest has no program to ask by DHCP: they are left"
+        fixed='' left=1
     fi
     # shellcheck disable=SC2016 # awk's own fields
-    rewrite "$file" awk '
-        $1 == "iface" { fixed = $4 == "static"; if (fixed) { six = $3 == "inet6"; sub(/static[ \t]*$/, six ? "auto" : "dhcp") } }
+    rewrite "$file" awk -v may="$fixed" '
+        $1 == "iface" { fixed = may && $4 == "static"; if (fixed) { six = $3 == "inet6"; sub(/static[ \t]*$/, six ? "auto" : "dhcp") } }
         $1 ~ /^(auto|allow-.*|mapping|source.*)$/ { fixed = 0 }
         fixed && $1 ~ /^(address|netmask|broadcast|network|gateway|pointopoint)$/ { next }
+        $1 == "hwaddress" { next }
         { print }'
 done
-# systemd.network(5)
-for file in /etc/systemd/network/*.network; do
+# systemd.network(5), systemd.link(5)
+for file in /etc/systemd/network/*.network /etc/systemd/network/*.link; do
     [ -f "$file" ] || continue
+    fixed=$(grep -Ec '^(Address|Gateway)=' "$file")
     # shellcheck disable=SC2016 # awk's own fields
-    grep -Eq '^(Address|Gateway)=' "$file" && rewrite "$file" awk '
-        /^\[/ { section = $0; if (section == "[Network]") { print; print "DHCP=yes"; next } }
+    rewrite "$file" awk -v fixed="$fixed" '
+        /^\[/ { section = $0; if (fixed && section == "[Network]") { print; print "DHCP=yes"; next } }
+        section == "[Link]" && /^MACAddress=/ { next }
+        !fixed { print; next }
         section == "[Network]" && /^(Address|Gateway|DHCP)=/ { next }
         section == "[Address]" || section == "[Route]" { next }
         { print }'
@@ -46,16 +51,60 @@ for file in /etc/NetworkManager/system-connections/*; do
     rewrite "$file" awk '
         /^\[/ { address = $0 == "[ipv4]" || $0 == "[ipv6]" }
         address && /^method=manual$/ { print "method=auto"; next }
-        address && /^(address|route)[0-9]*=/ { next }
+        address && /^(address|addresses|route)[0-9]*=/ { next }
         address && /^gateway=/ { next }
+        /^cloned-mac-address=[0-9A-Fa-f][0-9A-Fa-f]:/ { next }
         { print }'
 done
-for file in /etc/netplan/*.yaml /etc/sysconfig/network-scripts/ifcfg-* /etc/sysconfig/network/ifcfg-*; do
-    if [ -f "$file" ] && grep -Eqi '^[[:space:]]*-?[[:space:]]*(addresses|IPADDR[0-9]*)[[:space:]]*[:=]' "$file"; then
+# netplan: what a card has at the depth of its own keys, whatever is below them.
+for file in /etc/netplan/*.yaml; do
+    [ -f "$file" ] || continue
+    netplan_fixed "$file" || netplan_gives_mac "$file" || continue
+    mkdir -p "$RW_HERE/netplan" && cp -p "$file" "$RW_HERE/netplan" || fail "$file cannot be kept"
+    # shellcheck disable=SC2016 # awk's own fields
+    rewrite "$file" awk '
+        function close_card() { if (had && !told) printf "%*sdhcp4: true\n", own, ""; had = 0; told = 0; own = 0 }
+        { match($0, /^ */); deep = RLENGTH; item = $0 ~ /^ *- / }
+        /^ *(#.*)?$/ { print; next }
+        dropping && (deep > at || (item && deep == at)) { next }
+        { dropping = 0 }
+        deep <= kinds { close_card(); cards = 0 }
+        /^ *(ethernets|wifis|bonds|bridges|vlans|modems|tunnels):/ && !cards { kinds = deep; cards = 1; card = 0; print; next }
+        cards && !card { card = deep }
+        cards && deep == card { close_card(); print; next }
+        cards && !own { own = deep }
+        cards && deep == own && /^ *(addresses|gateway4|gateway6|routes):/ { had = 1; dropping = 1; at = deep; next }
+        cards && deep == own && /^ *macaddress:/ { next }
+        cards && deep == own && /^ *dhcp4:/ { sub(/dhcp4:.*/, "dhcp4: true"); told = 1 }
+        { print }
+        END { close_card() }'
+    if netplan_fixed "$file"; then
+        say "$file has fixed addresses in a form that is not understood: they are left"
+        left=1
+    fi
+done
+case $changed in
+    *.yaml*)
+        if ! netplan_again; then
+            for file in "$RW_HERE/netplan"/*; do replace "/etc/netplan/${file##*/}" <"$file"; done
+            netplan_again
+            say "netplan does not take $(cd "$RW_HERE/netplan" && echo *) without fixed addresses: they are left"
+            left=1 changed=$(printf '%s' "$changed" | tr ' ' '\n' | grep -v '\.yaml$' | tr '\n' ' ')
+        fi
+        ;;
+esac
+for file in /etc/sysconfig/network-scripts/ifcfg-* /etc/sysconfig/network/ifcfg-*; do
+    if [ -f "$file" ] && grep -Eqi '^IPADDR[0-9]*=' "$file"; then
         say "$file has fixed addresses and is left as it is"
         left=1
     fi
 done
-[ -z "$changed" ] || say "by DHCP now:$changed"
-[ -n "$changed" ] || [ -z "${left:-}" ] || leave "fixed addresses have to be changed by hand"
+# What it was given, and as whom it asked.
+for lease in /var/lib/dhcp/*.leases /var/lib/dhcpcd/*.lease /var/lib/dhcpcd/duid /var/lib/NetworkManager/*.lease \
+    /var/lib/systemd/network/leases/*; do
+    [ -f "$lease" ] || continue
+    rm -f "$lease" && changed="$changed $lease"
+done
+[ -z "$changed" ] || say "changed:$changed"
+[ -z "$left" ] || leave "fixed addresses have to be changed by hand"
 [ -n "$changed" ] || nothing "there are no fixed addresses"

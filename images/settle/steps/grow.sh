@@ -2,7 +2,7 @@
 # shellcheck disable=SC2015 # whatever fails of it, the step has failed
 # The root's partition takes the room behind it, up to the next one or the end of the disk, then so does what is on it.
 # After the boot loader's step, which may need some of that room for itself. The table as it was is kept, and put back if
-# the kernel does not take the new one.
+# the kernel does not take the new one. A start that was cut off in between is gone on with: $growing says so.
 has sfdisk || leave "the guest has no sfdisk (fdisk)"
 disk=$(disks_below /)
 [ -n "$disk" ] && [ "$(printf '%s\n' "$disk" | wc -l)" = 1 ] || leave "the root is not on one disk alone"
@@ -25,38 +25,52 @@ for start in "$here/$disk/$disk"*/start; do
     if [ "$start" -ge "$before" ] && [ "$start" -lt "$limit" ]; then limit=$start; fi
 done
 room=$((limit - before))
+growing=$RW_STATE/before/$disk.growing
 # Less than 16 MiB are the rest of an alignment.
-[ "$room" -ge 32768 ] || nothing "there is no room behind /dev/$partition"
+[ "$room" -ge 32768 ] || [ -e "$growing" ] || nothing "there is no room behind /dev/$partition"
 mkdir -p "$RW_STATE/before" && sfdisk -d "/dev/$disk" >"$RW_STATE/before/$disk.grow" ||
     fail "the partition table of /dev/$disk cannot be kept"
 
 table_back() {
-    sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$RW_STATE/before/$disk.grow" >/dev/null 2>&1
+    sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$RW_STATE/before/$disk.grow" >/dev/null 2>&1 ||
+        fail "the partition table of /dev/$disk was to be as before, and is not: $RW_STATE/before/$disk.grow has it"
+    rm -f "$growing"
     fail "the partition table of /dev/$disk is as before"
 }
 
-if [ "$(lsblk -ndo PTTYPE "/dev/$disk")" = gpt ]; then
-    # Its second table lies where the smaller disk ended.
-    try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
+# Extents that nobody has now stay free.
+free_extents() { lvs --noheadings -o vg_free_count "$source" | tr -d ' '; }
+
+if [ "$room" -ge 32768 ]; then
+    [ -e "$growing" ] || case $kinds in lvm*) free_extents ;; *) echo 0 ;; esac >"$growing" && sync "$growing" ||
+        fail "$growing cannot be written"
+    if [ "$(lsblk -ndo PTTYPE "/dev/$disk")" = gpt ]; then
+        # Its second table lies where the smaller disk ended.
+        try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
+    fi
+    printf ', +\n' >"$RW_HERE/grown"
+    try sfdisk -q --no-reread --no-tell-kernel -N "$(cat "$here/$partition/partition")" "/dev/$disk" <"$RW_HERE/grown" ||
+        table_back
+    partx -u "/dev/$disk" 2>/dev/null || :
+    [ "$(end "$partition")" -gt "$before" ] || table_back
 fi
-printf ', +\n' >"$RW_HERE/grown"
-try sfdisk -q --no-reread --no-tell-kernel -N "$(cat "$here/$partition/partition")" "/dev/$disk" <"$RW_HERE/grown" ||
-    table_back
-partx -u "/dev/$disk" 2>/dev/null || :
-room=$(($(end "$partition") - before))
-[ "$room" -gt 0 ] || table_back
 case $kinds in
     lvm*)
         try pvresize "/dev/$partition" || fail "/dev/$partition is larger, and its physical volume is not"
-        say "/dev/$partition has $((room / 2048)) MiB more: they are free in its volume group"
-        exit 0
+        more=$(($(free_extents) - $(cat "$growing")))
+        if [ "$more" -gt 0 ]; then
+            try lvextend -q -l "+$more" "$source" || fail "/dev/$partition is larger, and its logical volume is not"
+        fi
         ;;
 esac
 kind=$(findmnt -no FSTYPE --target /)
+had=$(df -kP / | awk 'NR == 2 { print $2 }')
 case $kind in
     ext*) try resize2fs "$source" ;;
     xfs) try xfs_growfs / ;;
     btrfs) try btrfs filesystem resize max / ;;
     *) leave "/dev/$partition is larger, and how $kind grows is not known" ;;
 esac || fail "/dev/$partition is larger, and its file system is not"
-say "the root has $((room / 2048)) MiB more"
+sync
+rm -f "$growing"
+say "the root has $((($(df -kP / | awk 'NR == 2 { print $2 }') - had) / 1024)) MiB more"

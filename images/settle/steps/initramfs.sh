@@ -1,7 +1,8 @@
 #!/bin/sh
 # shellcheck disable=SC2015 # whatever fails of it, the step has failed
 # The initramfs of the running kernel is made anew. One that lacks the driver of the disk's controller is made once more
-# with the driver named; if it still does, or nothing was made, the old one is put back.
+# with the driver named; if it still does, or nothing was made, the old one is put back. At every moment there is a whole
+# initramfs under the name that the boot loader knows: a power cut leaves the old one or the new one there.
 release=$(uname -r)
 [ "$release" = "$RW_RELEASE" ] || leave "kernel $release runs, and the image was made for $RW_RELEASE"
 image=$RW_INITRD
@@ -33,9 +34,18 @@ lacking() {
     done
 }
 
+# dracut copies into the file that is there, and removes it when it fails: it gets another name to write to.
 make_anew() {
     case $RW_GENERATOR in
-        dracut) try dracut --force "$image" "$release" ;;
+        dracut)
+            rm -f "$image.rewind-new"
+            if try dracut --force "$image.rewind-new" "$release" && [ -s "$image.rewind-new" ]; then
+                sync "$image.rewind-new" && mv "$image.rewind-new" "$image"
+            else
+                rm -f "$image.rewind-new"
+                return 1
+            fi
+            ;;
         *)
             if [ -e "$image" ]; then try update-initramfs -u -k "$release"; else try update-initramfs -c -k "$release"; fi
             ;;
@@ -66,10 +76,13 @@ esac
 modules=$(needed | tr '\n' ' ')
 say "the disk needs ${modules:-no module}"
 size=$(stat -Lc %s "$image" 2>/dev/null || echo 0)
+rm -f "$image.rewind-copy"
 free=$(df -kP "${image%/*}" | awk 'NR == 2 { print $4 }')
 [ "$free" -gt $((size / 512 + 1024)) ] || leave "${image%/*} has no room for a second initramfs"
-if [ -e "$image" ]; then
-    cp -p "$image" "$image.rewind-before" && sync "$image.rewind-before" || fail "$image cannot be copied"
+# One that is there already is of a start that was cut off: then $image may be a new one that nobody has looked into.
+if [ -e "$image" ] && [ ! -e "$image.rewind-before" ]; then
+    cp -p "$image" "$image.rewind-copy" && sync "$image.rewind-copy" && mv "$image.rewind-copy" "$image.rewind-before" ||
+        fail "$image cannot be copied"
 fi
 make_anew || { put_back; fail "the old initramfs is back"; }
 lacks=$(lacking "$modules") || { put_back; fail "the new one cannot be read; the old initramfs is back"; }
@@ -79,5 +92,6 @@ if [ -n "$lacks" ]; then
     name_drivers $lacks && make_anew || { put_back; fail "the old initramfs is back"; }
     lacks=$(lacking "$modules") && [ -z "$lacks" ] || { put_back; fail "it lacks ${lacks:-everything}; the old initramfs is back"; }
 fi
+sync "$image" "${image%/*}"
 rm -f "$image.rewind-before"
 say "$image has ${modules:-all that it needs}"

@@ -1,20 +1,46 @@
 #!/bin/sh
 # shellcheck disable=SC2015 # whatever fails of it, the step has failed
-# The disk that holds /boot starts by itself: GRUB in its first sectors for a BIOS, EFI/BOOT/BOOTX64.EFI for UEFI, by what
-# the client itself has installed. What is overwritten is kept before and put back if it fails. Where it cannot be done
-# the boot volume stays, and it is said why.
+# The disk that holds /boot starts by itself: GRUB in its first sectors for a BIOS, EFI/BOOT/BOOTX64.EFI and an entry of
+# the firmware's own for UEFI, by what the client itself has installed. What is overwritten is kept before and put back
+# if it fails. Where it cannot be done the boot volume stays, and it is said why.
+#
+# Nothing here makes a disk start whose initramfs is not for this hardware: the boot volume would be passed over.
 stays() { leave "the boot volume has to stay attached: $*"; }
 
+if grep -qsx initramfs "$RW_HERE/undone"; then stays "no initramfs could be made for this hardware"; fi
+[ -z "$RW_UNSTABLE" ] || stays "the guest's boot loader names the root by the old hardware: root=$RW_UNSTABLE"
 disk=$(disks_below /boot | head -n 1)
 [ -n "$disk" ] || stays "the disk of /boot is not known"
 [ "$(disks_below /boot | wc -l)" = 1 ] || stays "/boot lies on several disks"
 if [ -d /sys/firmware/efi ]; then firmware=uefi; else firmware=bios; fi
 [ "$firmware" = "$RW_FIRMWARE" ] || say "the firmware is $firmware, and the target was said to have $RW_FIRMWARE"
 table=$(lsblk -ndo PTTYPE "/dev/$disk")
+before=$RW_STATE/before/$disk
+mkdir -p "$RW_STATE/before" || fail "$RW_STATE/before cannot be made"
 
-# --- BIOS -----------------------------------------------------------------------------------------------------------
+# --- the partition table --------------------------------------------------------------------------------------------
 
-grub_in_front() { dd if="/dev/$disk" bs=440 count=1 2>/dev/null | grep -aq GRUB; }
+keep_table() {
+    sfdisk -d "/dev/$disk" >"$before.table" && sync "$before.table" ||
+        fail "the partition table of /dev/$disk cannot be kept"
+}
+
+table_back() {
+    sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$before.table" >/dev/null 2>&1 ||
+        fail "the partition table of /dev/$disk was to be as before, and is not: $before.table has it"
+    partx -u "/dev/$disk" 2>/dev/null || :
+    fail "the partition table of /dev/$disk is as before; the boot volume has to stay attached"
+}
+
+# Whether there are $1 sectors in a row; sets `last`, the last sector of the largest room.
+room() {
+    sfdisk -qF "/dev/$disk" 2>/dev/null | awk '
+        NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
+        NR > 1 && $column["Sectors"] > most { most = $column["Sectors"]; last = $column["End"] }
+        END { print most + 0, last + 0 }' >"$RW_HERE/room"
+    read -r most last <"$RW_HERE/room"
+    [ "$most" -ge "$1" ]
+}
 
 # Sectors before the first partition.
 gap() {
@@ -23,28 +49,69 @@ gap() {
     done | sort -n | head -n 1
 }
 
+# --- BIOS -----------------------------------------------------------------------------------------------------------
+
+grub_in_front() { dd if="/dev/$disk" bs=440 count=1 2>/dev/null | grep -aq GRUB; }
+
+# While this is there GRUB's files may be half written. A start that was cut off then finds it.
+under_way() { [ -e "$before.grub" ]; }
+begin() { : >"$before.grub" && sync "$before.grub" "${before%/*}" || fail "$before.grub cannot be written"; }
+end() { sync && rm -f "$before.grub"; }
+
 bios() {
-    if grub_in_front; then nothing "/dev/$disk has GRUB in its first sector: it starts by itself"; fi
+    if ! under_way && grub_in_front; then nothing "/dev/$disk has GRUB in its first sector: it starts by itself"; fi
     has grub-install && [ -d /usr/lib/grub/i386-pc ] || stays "the guest has no GRUB for a BIOS (grub-pc-bin)"
     sectors=$(gap)
     case $table in
         dos) [ "${sectors:-0}" -ge 512 ] || stays "/dev/$disk has no room before its first partition" ;;
-        gpt)
-            lsblk -nro PARTTYPE "/dev/$disk" | grep -qi 21686148-6449-6e6f-744e-656564454649 ||
-                stays "/dev/$disk has no BIOS boot partition"
-            ;;
+        gpt) has_bios_partition || new_bios_partition ;;
         *) stays "/dev/$disk has no partition table that GRUB can stand behind" ;;
     esac
+    [ "$table" != gpt ] || sectors=1 # GRUB itself lies in its own partition, which nobody else reads
     [ "${sectors:-2048}" -le 2048 ] || sectors=2048
-    mkdir -p "$RW_STATE/before" &&
-        dd if="/dev/$disk" of="$RW_STATE/before/$disk.head" bs=512 count="${sectors:-2048}" conv=fsync 2>/dev/null ||
-        fail "the first sectors of /dev/$disk cannot be kept"
+    if ! under_way; then
+        dd if="/dev/$disk" of="$before.head" bs=512 count="${sectors:-2048}" conv=fsync 2>/dev/null ||
+            fail "the first sectors of /dev/$disk cannot be kept"
+    fi
+    begin
     if try grub-install --target=i386-pc "/dev/$disk" && grub_in_front && menu; then
+        end
         say "/dev/$disk starts by itself on a BIOS"
         exit 0
     fi
-    dd if="$RW_STATE/before/$disk.head" of="/dev/$disk" bs=512 conv=fsync,notrunc 2>/dev/null
+    # All but the table that the first sector has in it.
+    dd if="$before.head" of="/dev/$disk" bs=512 skip=1 seek=1 conv=fsync,notrunc 2>/dev/null &&
+        dd if="$before.head" of="/dev/$disk" bs=440 count=1 conv=fsync,notrunc 2>/dev/null && end ||
+        fail "the first sectors of /dev/$disk were to be as before, and are not: $before.head has them"
     fail "the first sectors of /dev/$disk are as before; the boot volume has to stay attached"
+}
+
+has_bios_partition() {
+    lsblk -nro PARTTYPE "/dev/$disk" | grep -qi 21686148-6449-6e6f-744e-656564454649
+}
+
+# GRUB's own partition of a GPT, in the room before the first one, else where there is 1 MiB. The table is written anew
+# as it is, but that its first usable sector is the first behind the table itself: many tools begin at 1 MiB.
+new_bios_partition() {
+    has sfdisk || stays "/dev/$disk has no BIOS boot partition, and the guest no sfdisk (fdisk) to make one with"
+    keep_table
+    sectors=$(gap)
+    if [ "${sectors:-0}" -ge 1024 ]; then
+        start=34 size=$((sectors - 34))
+    elif room 4096; then
+        start=$(((last + 1 - 2048) / 2048 * 2048)) size=2048
+    else
+        stays "/dev/$disk has no BIOS boot partition and no room for one"
+    fi
+    {
+        sed 's/^first-lba:.*/first-lba: 34/' "$before.table"
+        printf 'start=%s, size=%s, type=21686148-6449-6E6F-744E-656564454649, name="BIOS boot"\n' "$start" "$size"
+    } >"$RW_HERE/new"
+    try sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$RW_HERE/new" || table_back
+    partx -u "/dev/$disk" 2>/dev/null || :
+    partx -a "/dev/$disk" 2>/dev/null || :
+    if has udevadm; then udevadm settle --timeout=30; fi
+    say "/dev/$disk has a BIOS boot partition now, at sector $start"
 }
 
 # GRUB's menu, where there is none yet.
@@ -79,40 +146,124 @@ uefi() {
         has mkfs.vfat && has sfdisk ||
             stays "the guest has no mkfs.vfat (dosfstools) or sfdisk (fdisk) to make an EFI system partition with"
         new_esp
+    elif is_half_made "$partition"; then
+        try mkfs.vfat -F 32 -n ESP "$partition" || fail "$partition, which is new, can have no file system"
+        sync && rm -f "$before.esp"
     fi
     reach "$partition" || stays "$partition cannot be mounted"
-    if [ -s "$where/EFI/BOOT/BOOTX64.EFI" ]; then
-        nothing "$partition has EFI/BOOT/BOOTX64.EFI: /dev/$disk starts by itself"
-    fi
-    if copied; then
+    own_loader
+    fallback=$where/EFI/BOOT/BOOTX64.EFI
+    if [ -s "$fallback" ] && ! under_way && ! lacks_grub; then
+        is_there
+    elif [ -n "$loader" ]; then
+        copied || fail "$partition takes no copy of $(esp_path "$loader"); the boot volume has to stay attached"
+        entry
         say "$partition has the guest's own ${loader##*/} as EFI/BOOT/BOOTX64.EFI: /dev/$disk starts by itself"
         exit 0
     fi
+    installed
+}
+
+# Shim where firmware looks, with nothing beside it that it could start.
+lacks_grub() {
+    case $loader in
+        *shimx64.efi)
+            cmp -s "$loader" "$fallback" &&
+                ! [ -s "$where/EFI/BOOT/grubx64.efi" ] && ! [ -s "$where/EFI/BOOT/fbx64.efi" ]
+            ;;
+        *) false ;;
+    esac
+}
+
+# What firmware finds without being told: it stays as it is. Another system's would start that one, though.
+is_there() {
+    if [ -z "$loader" ] || cmp -s "$loader" "$fallback" || [ -s "$where/EFI/BOOT/fbx64.efi" ]; then
+        entry
+        nothing "$partition has EFI/BOOT/BOOTX64.EFI: /dev/$disk starts by itself"
+    fi
+    entry
+    if [ -n "$entered" ]; then
+        say "EFI/BOOT/BOOTX64.EFI is not the guest's and stays: the firmware has an entry for $(esp_path "$loader")"
+        exit 0
+    fi
+    stays "$partition has an EFI/BOOT/BOOTX64.EFI that is not the guest's $(esp_path "$loader"), and $no_entry"
+}
+
+installed() {
     programs || stays "the guest has no GRUB for UEFI (grub-efi-amd64-bin)"
     [ -z "$RW_SECURE" ] || stays "what GRUB makes here is not signed, and this firmware wants it to be"
+    begin
     if try grub-install --target=x86_64-efi --efi-directory="$where" --removable --no-nvram && menu &&
-        [ -s "$where/EFI/BOOT/BOOTX64.EFI" ]; then
-        sync
+        [ -s "$fallback" ]; then
+        end
         say "$partition has GRUB as EFI/BOOT/BOOTX64.EFI: /dev/$disk starts by itself"
         exit 0
     fi
     # Nothing was there before: what is left of the attempt would only be found by firmware and not start.
-    rm -f "$where/EFI/BOOT/BOOTX64.EFI"
+    rm -f "$fallback" && end
     fail "GRUB could not be installed; the boot volume has to stay attached"
 }
 
-# The loader that the client had for a machine which remembered it by name: shim with GRUB beside it, or GRUB alone.
-copied() {
-    for loader in "$where"/EFI/*/shimx64.efi "$where"/EFI/*/grubx64.efi; do
-        [ -s "$loader" ] || continue
-        mkdir -p "$where/EFI/BOOT" && cp "$loader" "$where/EFI/BOOT/BOOTX64.rw" || return 1
-        case $loader in
-            *shimx64.efi) cp "${loader%/*}"/grubx64.efi "${loader%/*}"/mm*64.efi "$where/EFI/BOOT/" 2>/dev/null || : ;;
-        esac
-        sync && mv "$where/EFI/BOOT/BOOTX64.rw" "$where/EFI/BOOT/BOOTX64.EFI" && sync
-        return
+# The loader that the client had for a machine which remembered it by name, of several systems' its own: shim with GRUB
+# beside it, GRUB alone, or that of systemd. Empty if there is none.
+own_loader() {
+    vendor=$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null | tr -d '"' | head -n 1)
+    for loader in "$where/EFI/${vendor:-none}"/shimx64.efi "$where/EFI/${vendor:-none}"/grubx64.efi \
+        "$where"/EFI/*/shimx64.efi "$where"/EFI/*/grubx64.efi "$where"/EFI/systemd/systemd-bootx64.efi; do
+        case $loader in */EFI/BOOT/*) continue ;; esac
+        [ ! -s "$loader" ] || return 0
     done
-    return 1
+    loader=
+}
+
+# What shim starts lies beside it; the copy that firmware looks for comes last, and whole.
+copied() {
+    mkdir -p "$where/EFI/BOOT" || return 1
+    case $loader in
+        *shimx64.efi)
+            for beside in "${loader%/*}"/grubx64.efi "${loader%/*}"/mm*64.efi; do
+                [ -s "$beside" ] || continue
+                put "$beside" "$where/EFI/BOOT/${beside##*/}" || return 1
+            done
+            [ -s "$where/EFI/BOOT/grubx64.efi" ] || return 1
+            ;;
+    esac
+    put "$loader" "$fallback"
+}
+
+put() { # from, to: on FAT a name has no second owner, so for a moment there may be none
+    cp "$1" "$2.rw" && sync "$2.rw" && cmp -s "$1" "$2.rw" && mv "$2.rw" "$2" && sync "$2" "${2%/*}"
+}
+
+esp_path() { printf '%s' "${1#"$where"}" | tr / '\134'; }
+
+# An entry in the firmware's own list, behind those that are there: the boot volume is still tried before it. Where the
+# firmware or the guest cannot do it, the copy is enough. Sets `entered`, or `no_entry` to the reason.
+entry() {
+    entered='' no_entry="the firmware takes no entry"
+    [ -n "$loader" ] || return 0
+    has efibootmgr || { no_entry="the guest has no efibootmgr" && return 0; }
+    efibootmgr -v >"$RW_HERE/entries" 2>/dev/null || { no_entry="the firmware keeps no entries (efivars)" && return 0; }
+    uuid=$(lsblk -ndo PARTUUID "$partition")
+    path=$(esp_path "$loader")
+    if grep -iF -- "$uuid" "$RW_HERE/entries" | grep -qiF -- "$path"; then
+        entered=1
+        say "the firmware has an entry for $path"
+        return 0
+    fi
+    order=$(sed -n 's/^BootOrder: *//p' "$RW_HERE/entries")
+    number=$(cat "/sys/class/block/${partition##*/}/partition")
+    if try efibootmgr -q --create-only --disk "/dev/$disk" --part "$number" --label "${vendor:-linux}" \
+        --loader "$path" && efibootmgr -v >"$RW_HERE/entries.new"; then
+        made=$(grep '^Boot[0-9A-F]\{4\}' "$RW_HERE/entries.new" | grep -iF -- "$uuid" | grep -iF -- "$path" | head -n 1)
+        made=$(printf '%s' "$made" | cut -c5-8)
+        [ -n "$made" ] && try efibootmgr -q --bootorder "${order:+$order,}$made" && entered=1
+    fi
+    if [ -n "$entered" ]; then
+        say "the firmware has a new entry for $path"
+    else
+        say "$no_entry: $path is not in its list"
+    fi
 }
 
 # An EFI system partition at the end of the room that the disk has left. The table as it was is kept, and put back if it
@@ -123,13 +274,15 @@ new_esp() {
         dos) kind=ef ;;
         *) stays "/dev/$disk has no partition table" ;;
     esac
-    room || stays "/dev/$disk has no EFI system partition and no room for one"
-    mkdir -p "$RW_STATE/before" && sfdisk -d "/dev/$disk" >"$RW_STATE/before/$disk.table" ||
-        fail "the partition table of /dev/$disk cannot be kept"
+    # 65 MiB: 64, and what is lost by beginning at a whole one.
+    room 133120 || stays "/dev/$disk has no EFI system partition and no room for one"
+    keep_table
     old=$(lsblk -nrpo NAME,TYPE "/dev/$disk" | awk '$2 == "part" { print $1 }')
     [ "$table" != gpt ] || try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
-    room || table_back
-    printf 'start=%s, size=131072, type=%s\n' "$(((last + 1 - 131072) / 2048 * 2048))" "$kind" >"$RW_HERE/new"
+    room 133120 || table_back
+    start=$(((last + 1 - 131072) / 2048 * 2048))
+    echo "$start" >"$before.esp" && sync "$before.esp" || table_back
+    printf 'start=%s, size=131072, type=%s\n' "$start" "$kind" >"$RW_HERE/new"
     try sfdisk -q --append --no-reread --no-tell-kernel "/dev/$disk" <"$RW_HERE/new" || table_back
     partx -u "/dev/$disk" 2>/dev/null || partx -a "/dev/$disk" 2>/dev/null || :
     if has udevadm; then udevadm settle --timeout=30; fi
@@ -138,23 +291,14 @@ new_esp() {
     done
     [ -n "$partition" ] && [ -b "$partition" ] || table_back
     try mkfs.vfat -F 32 -n ESP "$partition" || table_back
+    sync && rm -f "$before.esp"
     say "$partition is a new EFI system partition"
 }
 
-# Whether there are 65 MiB in a row; sets `last`, the last sector of the largest room.
-room() {
-    sfdisk -qF "/dev/$disk" 2>/dev/null | awk '
-        NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
-        NR > 1 && $column["Sectors"] > most { most = $column["Sectors"]; last = $column["End"] }
-        END { print most + 0, last + 0 }' >"$RW_HERE/room"
-    read -r most last <"$RW_HERE/room"
-    [ "$most" -ge 133120 ]
-}
-
-table_back() {
-    sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$RW_STATE/before/$disk.table" >/dev/null 2>&1
-    partx -u "/dev/$disk" 2>/dev/null || :
-    fail "the partition table of /dev/$disk is as before; the boot volume has to stay attached"
+# One of ours, of a start that was cut off before anything was on it that anybody needs.
+is_half_made() {
+    [ -s "$before.esp" ] &&
+        [ "$(cat "$before.esp")" = "$(cat "/sys/class/block/${1##*/}/start")" ] && ! findmnt -nro TARGET "$1" >/dev/null
 }
 
 "$firmware"

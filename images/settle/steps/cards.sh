@@ -1,0 +1,57 @@
+#!/bin/sh
+# shellcheck disable=SC2015 # whatever fails of it, the step has failed
+# RW_MACS: words OLD=NEW. Only where a file *finds* a card by its address: an address that a file gives to a card is
+# something else, and a matter of identity. Before any of the programs reads its files, but netplan's generator: it runs
+# again.
+[ -n "$RW_MACS" ] || nothing "no card is known by its address"
+changed=
+
+# netplan: `macaddress` below `match`. networkd and udev: [Match] of a .network, .link or .netdev. NetworkManager:
+# mac-address, which is not cloned-mac-address. ifcfg: HWADDR. udev's old rules: ATTR{address}==.
+exchange() {
+    awk -v pairs="$RW_MACS" -v kind="$2" '
+        BEGIN { count = split(pairs, pair, " "); for (i = 1; i <= count; i++) { split(pair[i], one, "="); new[one[1]] = one[2] } }
+        function swapped(line,  low, old, at, dashed) {
+            for (old in new) {
+                low = tolower(line); dashed = old; gsub(/:/, "-", dashed)
+                at = index(low, old); if (!at) at = index(low, dashed)
+                if (at) line = substr(line, 1, at - 1) new[old] substr(line, at + 17)
+            }
+            return line
+        }
+        kind == "netplan" {
+            match($0, /^ */)
+            if (inside && $0 ~ /[^ ]/ && RLENGTH <= deep) inside = 0
+            if ($0 ~ /^ *match:/) { inside = 1; deep = RLENGTH; print swapped($0); next }
+            print inside && $0 ~ /^ *macaddress:/ ? swapped($0) : $0
+            next
+        }
+        kind == "sections" {
+            if ($0 ~ /^\[/) section = $0
+            print section == "[Match]" && $0 ~ /^(MACAddress|PermanentMACAddress)=/ ? swapped($0) : $0
+            next
+        }
+        kind == "keyfile" { print $0 ~ /^mac-address=/ ? swapped($0) : $0; next }
+        kind == "ifcfg" { print $0 ~ /^HWADDR=/ ? swapped($0) : $0; next }
+        { print $0 ~ /ATTR\{address\}==/ ? swapped($0) : $0 }' "$1"
+}
+
+for file in /etc/netplan/*.yaml /etc/systemd/network/*.network /etc/systemd/network/*.link \
+    /etc/NetworkManager/system-connections/* /etc/sysconfig/network-scripts/ifcfg-* \
+    /etc/udev/rules.d/70-persistent-net.rules; do
+    [ -f "$file" ] || continue
+    case $file in
+        *.yaml) kind=netplan ;;
+        *.network | *.link) kind=sections ;;
+        */ifcfg-*) kind=ifcfg ;;
+        *.rules) kind=udev ;;
+        *) kind=keyfile ;;
+    esac
+    exchange "$file" "$kind" >"$RW_HERE/exchanged" || fail "$file cannot be read"
+    cmp -s "$file" "$RW_HERE/exchanged" && continue
+    replace "$file" <"$RW_HERE/exchanged" || fail "$file cannot be written"
+    changed="$changed $file"
+done
+[ -n "$changed" ] || nothing "no file finds a card by its old address"
+case $changed in *.yaml*) netplan_again || fail "netplan does not take its files" ;; esac
+say "these find the new cards:$changed"

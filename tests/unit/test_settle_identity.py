@@ -1,0 +1,393 @@
+"""What of a client's identity becomes new and what is kept, on files that Debian's own programs write and read."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import stat
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from appliance.errors import ConfigError
+from images.settle.choice import After, with_steps
+from tests.support.settling import Root, debian_files, plan
+
+OLD, NEW = "52:54:00:00:00:01", "52:54:00:00:00:ff"
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    with Root(folder) as found:
+        yield found
+
+
+def identified(root, step, **variables):
+    return root.run(plan(**variables), {step: {}}, "identity")
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+def chosen(**after):
+    return After(**after).choice(plan(), "seed")
+
+
+def test_each_part_is_kept_or_new_by_choice():
+    """P6-24: nothing is new unless it is asked for; each part can be kept by name."""
+    assert set(chosen()) == set()
+    every = ["host-name", "machine-id", "ssh-keys", "addresses"]
+    assert chosen(settle=True)["kept"]["parts"] == every
+    assert set(every) <= set(chosen(identity="new")) and "kept" not in chosen(identity="new")
+    partly = chosen(identity="new", keep=("addresses", "host-name"))
+    assert {"machine-id", "ssh-keys"} <= set(partly) and not {"addresses", "host-name"} & set(partly)
+    assert partly["kept"]["parts"] == ["host-name", "addresses"]
+    assert chosen(host_name="twin")["host-name"] == {"name": "twin"}
+    with pytest.raises(ConfigError, match="to be kept, and to be 'twin'"):
+        chosen(identity="new", keep=("host-name",), host_name="twin")
+
+
+def test_what_is_kept_is_told(root):
+    root.write("/etc/hostname", "ledger\n")
+    root.write("/etc/machine-id", "1" * 32 + "\n")
+    root.write(
+        "/etc/network/interfaces",
+        "iface lan0 inet static\n    address 10.0.0.5/24\n    hwaddress ether 52:54:00:1:2:3\n",
+    )
+    root.inside("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/etc/ssh/ssh_host_ed25519_key")
+    done = root.run(plan(), chosen(settle=True), "identity")
+    report = "\n".join(done.report)
+    assert done.code == 0 and "kept: the host name ledger is kept" in report, done
+    assert f"kept: the machine id {'1' * 32} is kept" in report
+    assert re.search(r"kept: the SSH host key SHA256:\S+ \(ssh_host_ed25519_key.pub\) is kept", report)
+    assert "kept: fixed addresses are kept: /etc/network/interfaces" in report
+    assert "hardware addresses that these files give them: /etc/network/interfaces" in report
+
+
+# --- host name, machine id, keys ------------------------------------------------------------------------------------
+
+
+def test_host_name(root):
+    """P6-24: whole words of the hosts file, nothing else; the old files are kept."""
+    root.write("/etc/hostname", "ledger\n")
+    hosts = "127.0.0.1\tlocalhost\n127.0.1.1 ledger.example.org   ledger\n# ledger\n10.0.0.1 ledger2 my-ledger\n"
+    root.write("/etc/hosts", hosts)
+    assert root.run(plan(), {"host-name": {"name": "twin"}}, "identity").code == 0
+    assert root.read("/etc/hostname") == "twin\n"
+    assert root.read("/etc/hosts") == hosts.replace(
+        "127.0.1.1 ledger.example.org   ledger", "127.0.1.1 twin.example.org   twin"
+    )
+    assert root.read("/var/lib/rewind/before/etc/hosts") == hosts
+
+
+def test_machine_id(root):
+    """P6-24: what the command line said already stays on the disk, for D-Bus too."""
+    root.write("/etc/machine-id", "0" * 32 + "\n", 0o444)
+    root.write("/var/lib/dbus/machine-id", "0" * 32 + "\n")
+    found, settings = with_steps(plan(), After(identity="new"), "seed")
+    (word,) = [word for word in found.command_line.split() if word.startswith("systemd.machine_id=")]
+    wanted = word.partition("=")[2]
+    choice = {"machine-id": {"id": wanted}}
+    assert root.run(plan(), choice, "identity").code == 0
+    assert root.read("/etc/machine-id") == root.read("/var/lib/dbus/machine-id") == f"{wanted}\n"
+    assert stat.S_IMODE(root.path("/etc/machine-id").stat().st_mode) == 0o444
+    assert settings.run
+
+
+def test_ssh_keys(root):
+    """P6-24: made by the client; private parts are in no image, and the old ones in no copy."""
+    for kind in ("ed25519", "rsa", "dsa"):
+        root.write(f"/etc/ssh/ssh_host_{kind}_key", f"old {kind}", 0o600)
+        root.write(f"/etc/ssh/ssh_host_{kind}_key.pub", f"old {kind}")
+    root.write("/etc/ssh/ssh_host_rsa_key-cert.pub", "signed")
+    done = root.run(plan(), {"ssh-keys": {}}, "identity")
+    assert done.code == 0, done
+    for kind in ("ed25519", "rsa"):
+        assert "PRIVATE KEY" in root.read(f"/etc/ssh/ssh_host_{kind}_key")
+        assert stat.S_IMODE(root.path(f"/etc/ssh/ssh_host_{kind}_key").stat().st_mode) == 0o600
+        assert root.read(f"/etc/ssh/ssh_host_{kind}_key.pub").startswith("ssh-")
+    assert not root.path("/etc/ssh/ssh_host_rsa_key-cert.pub").exists()
+    assert not list(root.path("/var/lib/rewind").rglob("*key*"))
+
+
+def test_addresses(root):
+    """P6-24: fixed addresses become DHCP, and the rest of each file stays as it is."""
+    root.program("dhclient", "")
+    root.write("/etc/network/interfaces", (
+        "auto lo ens3\niface lo inet loopback\n# static\niface ens3 inet static\n    address 10.0.2.15/24\n"
+        "    gateway 10.0.2.2\n    mtu 1400\niface ens4 inet dhcp\n"
+    ))  # fmt: skip
+    root.write("/etc/systemd/network/10-lan.network", (
+        "[Match]\nName=lan0\n\n[Network]\nAddress=10.1.1.1/24\nGateway=10.1.1.254\nDNS=9.9.9.9\n\n[Route]\nGateway=1.1.1.1\n"
+    ))  # fmt: skip
+    root.write("/etc/NetworkManager/system-connections/eth.nmconnection", (
+        "[connection]\nid=eth\n\n[ipv4]\naddress1=10.2.2.2/24,10.2.2.1\ndns=9.9.9.9;\nmethod=manual\n\n[ipv6]\nmethod=auto\n"
+    ), 0o600)  # fmt: skip
+    done = root.run(plan(), {"addresses": {}}, "identity")
+    assert done.code == 0, done
+    assert root.read("/etc/network/interfaces") == (
+        "auto lo ens3\niface lo inet loopback\n# static\niface ens3 inet dhcp\n    mtu 1400\niface ens4 inet dhcp\n"
+    )
+    assert root.read("/etc/systemd/network/10-lan.network") == (
+        "[Match]\nName=lan0\n\n[Network]\nDHCP=yes\nDNS=9.9.9.9\n\n"
+    )
+    path = "/etc/NetworkManager/system-connections/eth.nmconnection"
+    assert root.read(path) == ("[connection]\nid=eth\n\n[ipv4]\ndns=9.9.9.9;\nmethod=auto\n\n[ipv6]\nmethod=auto\n")
+    assert stat.S_IMODE(root.path(path).stat().st_mode) == 0o600
+
+
+def test_addresses_stay_where_nobody_could_ask_for_others(root):
+    """A machine with the old address is of more use than one without any."""
+    text = "auto ens3\niface ens3 inet static\n    address 10.0.2.15/24\n"
+    root.write("/etc/network/interfaces", text)
+    root.hide("dhclient", "dhcpcd", "dhcpcd5", "udhcpc", "pump")
+    done = root.run(plan(), {"addresses": {}}, "identity")
+    assert done.code == 0 and "addresses: left as it was" in done.report, done
+    assert root.read("/etc/network/interfaces") == text
+
+
+# --- netplan, by its own generator ----------------------------------------------------------------------------------
+
+# As cloud-init writes it.
+NETPLAN = f"""# This file is generated from information provided by the datasource.
+network:
+    ethernets:
+        lan0:
+            addresses:
+            - 10.0.0.5/24
+            - 2001:db8::5/64
+            dhcp4: false
+            match:
+                macaddress: {OLD}
+            nameservers:
+                addresses:
+                - 10.0.0.2
+                search: [example.org]
+            routes:
+            -   to: default
+                via: 10.0.0.1
+            set-name: lan0
+        lan1:
+            dhcp4: true
+    version: 2
+"""
+# As people write it, with what a person may do.
+BY_HAND = """network:
+  version: 2
+  renderer: networkd
+
+  ethernets:
+    lan0:
+      addresses: [10.0.0.5/24, "10.0.0.6/24"]
+      routes:
+        - to: default
+          via: 10.0.0.1   # the way out
+      macaddress: 02:00:00:00:00:99
+      mtu: 1400
+    lan1: {dhcp4: true}
+  bridges:
+    br0:
+      interfaces: [lan1]
+      addresses:
+        - 10.1.0.1/24
+"""
+
+
+@pytest.fixture
+def netplan(root):
+    """Debian's netplan; its generator writes networkd's files below /run."""
+    files = debian_files()
+    for name in files.rglob("libnetplan.so*"):
+        root.take(files, f"/{name.relative_to(files)}")
+    root.take(files, "/usr/libexec/netplan/generate")
+    root.program("netplan", '[ "$1" = generate ] && exec /usr/libexec/netplan/generate')
+
+    def generated(name="10-netplan-lan0.network"):
+        return root.read(f"/run/systemd/network/{name}")
+
+    root.generated = generated
+    return root
+
+
+def test_netplan_asks_by_dhcp(netplan):
+    """P6-24: addresses and routes go, the name servers and everything else stay; its generator takes the new file and
+    has run again, since networkd reads what it makes."""
+    netplan.write("/etc/netplan/50-cloud-init.yaml", NETPLAN, 0o600)
+    done = identified(netplan, "addresses")
+    assert done.code == 0 and "addresses: changed: /etc/netplan/50-cloud-init.yaml" in done.report, done
+    before, after = yaml.safe_load(NETPLAN), yaml.safe_load(netplan.read("/etc/netplan/50-cloud-init.yaml"))
+    card = before["network"]["ethernets"]["lan0"]
+    card.pop("addresses"), card.pop("routes")
+    card["dhcp4"] = True
+    assert after == before
+    assert "DHCP=ipv4" in netplan.generated() and "\nAddress=" not in netplan.generated()
+    assert "DNS=10.0.0.2" in netplan.generated()
+    assert stat.S_IMODE(netplan.path("/etc/netplan/50-cloud-init.yaml").stat().st_mode) == 0o600
+
+
+def test_netplan_by_hand(netplan):
+    netplan.write("/etc/netplan/01.yaml", BY_HAND, 0o600)
+    assert identified(netplan, "addresses").code == 0
+    after = yaml.safe_load(netplan.read("/etc/netplan/01.yaml"))["network"]
+    assert after["ethernets"] == {"lan0": {"mtu": 1400, "dhcp4": True}, "lan1": {"dhcp4": True}}
+    assert after["bridges"] == {"br0": {"interfaces": ["lan1"], "dhcp4": True}}
+    assert "MACAddress" not in netplan.generated()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("network: {ethernets: {lan0: {addresses: [10.0.0.5/24]}}}\n", "in a form that is not understood"),
+        (
+            "network:\n  ethernets:\n    lan0:\n      addresses: [10.0.0.5/24,\n      10.0.0.6/24]\n",
+            "netplan does not take 01.yaml",
+        ),
+    ],
+)
+def test_netplan_that_is_not_understood_stays_as_it_was(netplan, text, said):
+    """P6-24: a machine with the old address is of more use than one without any."""
+    netplan.write("/etc/netplan/01.yaml", text, 0o600)
+    done = identified(netplan, "addresses")
+    assert netplan.read("/etc/netplan/01.yaml") == text, done
+    assert said in "\n".join(done.report) and "addresses: left as it was" in done.report
+
+
+def test_netplan_finds_the_new_card(netplan):
+    """P6-15, P6-24: a card that is found by its address is another one here. What gives a card an address stays."""
+    netplan.write("/etc/netplan/50-cloud-init.yaml", NETPLAN, 0o600)
+    netplan.write("/etc/netplan/60.yaml", f"network: {{ethernets: {{lan1: {{macaddress: '{OLD}'}}}}}}\n", 0o600)
+    client = replace(plan().client, nics={"lan0": OLD, "lan1": ""})
+    done = identified(netplan, "cards", client=client, rename={NEW: "lan0", "52:54:00:00:00:ee": "lan1"})
+    assert done.code == 0 and "cards: these find the new cards: /etc/netplan/50-cloud-init.yaml" in done.report, done
+    assert netplan.read("/etc/netplan/50-cloud-init.yaml") == NETPLAN.replace(OLD, NEW)
+    assert OLD in netplan.read("/etc/netplan/60.yaml")
+    assert f"PermanentMACAddress={NEW}" in netplan.generated() and "Address=10.0.0.5/24" in netplan.generated()
+
+
+# --- the others -----------------------------------------------------------------------------------------------------
+
+LINK = f"[Match]\nMACAddress={OLD}\n\n[Link]\nName=lan0\nMACAddress=02:00:00:00:00:99\n"
+NETWORK = f"[Match]\nPermanentMACAddress={OLD.upper()}\n\n[Network]\nDHCP=no\nDNS=10.0.0.2\nAddress=10.0.0.5/24\n"
+KEYFILE = f"""[connection]
+id=wired
+type=ethernet
+
+[ethernet]
+mac-address={OLD.upper()}
+cloned-mac-address=02:00:00:00:00:99
+
+[ipv4]
+method=manual
+address1=10.0.0.5/24,10.0.0.1
+dns=10.0.0.2;
+"""
+UDEV = f'SUBSYSTEM=="net", ACTION=="add", DRIVERS=="?*", ATTR{{address}}=="{OLD}", NAME="lan0"\n'
+FILES = {
+    "/etc/systemd/network/10-lan.link": LINK, "/etc/systemd/network/10-lan.network": NETWORK,
+    "/etc/NetworkManager/system-connections/wired.nmconnection": KEYFILE,
+    "/etc/udev/rules.d/70-persistent-net.rules": UDEV,
+}  # fmt: skip
+
+
+def test_each_program_finds_the_new_card(root):
+    """P6-24: networkd, NetworkManager, udev; only what finds a card, not what gives it an address."""
+    for path, text in FILES.items():
+        root.write(path, text, 0o600)
+    client = replace(plan().client, nics={"lan0": OLD})
+    done = identified(root, "cards", client=client, rename={NEW: "lan0"})
+    assert done.code == 0, done
+    for path, text in FILES.items():
+        assert root.read(path) == re.sub(OLD, NEW, text, flags=re.I), path
+        assert stat.S_IMODE(root.path(path).stat().st_mode) == 0o600
+    again = root.run(plan(client=client, rename={NEW: "lan0"}), {"cards": {}}, "identity", seed="other")
+    assert "cards: nothing to do" in again.report
+
+
+def test_networkd_and_networkmanager_ask_and_have_their_own_hardware(root):
+    """P6-24: fixed addresses go, and those that another machine's cards were given."""
+    for path, text in FILES.items():
+        root.write(path, text, 0o600)
+    root.write("/var/lib/dhcp/dhclient.lan0.leases", "lease {}")
+    done = identified(root, "addresses")
+    assert done.code == 0, done
+    network = root.read("/etc/systemd/network/10-lan.network")
+    assert "DHCP=yes" in network and "Address=10" not in network and "DNS=10.0.0.2" in network
+    assert root.read("/etc/systemd/network/10-lan.link") == LINK.replace("MACAddress=02:00:00:00:00:99\n", "")
+    keyfile = configparser.ConfigParser()
+    keyfile.read_string(root.read("/etc/NetworkManager/system-connections/wired.nmconnection"))
+    assert dict(keyfile["ipv4"]) == {"method": "auto", "dns": "10.0.0.2;"}
+    assert dict(keyfile["ethernet"]) == {"mac-address": OLD.upper()}
+    assert not root.path("/var/lib/dhcp/dhclient.lan0.leases").exists() or stat.S_ISCHR(
+        root.path("/var/lib/dhcp/dhclient.lan0.leases").lstat().st_mode
+    )
+
+
+INTERFACES = """# The loopback network interface
+source /etc/network/interfaces.d/*
+auto lo
+iface lo inet loopback
+
+allow-hotplug lan0
+iface lan0 inet static
+    address 10.0.0.5/24
+    gateway 10.0.0.1
+    dns-nameservers 10.0.0.2
+    hwaddress ether 02:00:00:00:00:99
+iface lan0 inet6 static
+    address 2001:db8::5/64
+"""
+
+
+def test_ifupdown_reads_what_it_is_given(root):
+    """P6-24: by ifupdown's own parser."""
+    folder = "/sbin" if (debian_files() / "sbin/ifup").exists() else "/usr/sbin"
+    root.take(debian_files(), f"{folder}/ifup", f"{folder}/ifquery")
+    root.write("/etc/network/interfaces", INTERFACES)
+    root.program("dhclient", "")
+    assert "10.0.0.5" in root.inside("ifquery", "lan0")
+    done = identified(root, "addresses")
+    assert done.code == 0, done
+    after = root.inside("ifquery", "lan0")
+    assert "dns-nameservers: 10.0.0.2" in after and not re.search("^(address|gateway|hwaddress)", after, re.M)
+    assert root.read("/etc/network/interfaces").count("inet dhcp") == 1
+    assert root.read("/etc/network/interfaces").count("inet6 auto") == 1
+
+
+# --- cloud-init, by its own program ---------------------------------------------------------------------------------
+
+_SETTINGS = """
+import json, sys
+sys.path.insert(0, "/usr/lib/python3/dist-packages")
+from cloudinit import util
+found = util.read_conf_with_confd("/etc/cloud/cloud.cfg")
+names = ("manual_cache_clean", "preserve_hostname", "manage_etc_hosts", "ssh_deletekeys", "network")
+print(json.dumps({name: found.get(name) for name in names}))
+"""
+
+
+@pytest.mark.timeout(60)
+def test_cloud_init_takes_nothing_back(root):
+    """P6-24: its own parser reads our settings last, and its own detector keeps the instance that it has."""
+    root.take(
+        debian_files(), "/etc/cloud", "/usr/lib/python3/dist-packages/cloudinit", "/usr/lib/cloud-init/ds-identify"
+    )
+    root.write("/etc/cloud/cloud.cfg.d/99-mine.cfg", "preserve_hostname: false\nmanage_etc_hosts: true\n")
+    root.write("/var/lib/cloud/instance/user-data.txt", "")
+    done = identified(root, "cloud-init")
+    assert done.code == 0 and "cloud-init: done" in done.report, done
+    found = json.loads(root.inside(sys.executable, "-c", _SETTINGS))
+    assert found == {
+        "manual_cache_clean": True, "preserve_hostname": True, "manage_etc_hosts": False, "ssh_deletekeys": False,
+        "network": {"config": "disabled"},
+    }  # fmt: skip
+    root.inside("sh", "-c", "DI_LOG=/run/ds.log sh /usr/lib/cloud-init/ds-identify --force || :")
+    assert "manual_cache_clean" in root.read("/run/cloud-init/cloud.cfg")
+
+
+def test_without_cloud_init_there_is_nothing_to_do(root):
+    assert "cloud-init: nothing to do" in identified(root, "cloud-init").report

@@ -1,0 +1,254 @@
+"""A disk that starts by itself on the firmware it has come to: the settling step `loader`."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from images.model import Firmware
+from images.settle.step import steps
+from tests.support import settled_disk
+from tests.support.settled_disk import BIOS_BOOT, ESP, HEAD
+from tests.support.settling import Root, plan
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    with Root(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def disk(root):
+    return settled_disk.disk(root)
+
+
+@pytest.fixture
+def uefi(root):
+    return settled_disk.uefi(root)
+
+
+def dumped(root):
+    """Start, size and kind of each partition; sfdisk finds nothing wrong with the table."""
+    subprocess.run(["sfdisk", "-q", "--verify", root.path("/dev/sda")], check=True)
+    lines = root.inside("sfdisk", "-d", "/dev/sda").splitlines()
+    rows = [line.partition(":")[2].split(",") for line in lines if line.startswith("/dev/sda")]
+    return [tuple(field.partition("=")[2].strip() for field in row[:3]) for row in rows]
+
+
+# --- BIOS -----------------------------------------------------------------------------------------------------------
+
+
+def loaded(root, firmware=Firmware.BIOS):
+    return root.run(plan(firmware=firmware), {"loader": {}}, "settle")
+
+
+def test_a_disk_that_has_grub_is_left_alone(disk):
+    disk.write("/dev/sda", HEAD[:100] + b"GRUB " + bytes(4 << 20))
+    disk.program("grub-install", "echo x >/calls")
+    done = loaded(disk)
+    assert done.code == 0 and "it starts by itself" in done.report[0] and not disk.path("/calls").exists()
+
+
+def test_grub_is_installed_where_there_is_room(disk):
+    """P6-19: a client of UEFI gets what a BIOS starts, from its own packages."""
+    disk.program("grub-install", 'echo "$*" >/calls; printf GRUB | dd of=/dev/sda conv=notrunc bs=1 seek=100')
+    done = loaded(disk)
+    assert done.code == 0 and "loader: done" in done.report, done
+    assert disk.read("/calls") == "--target=i386-pc /dev/sda\n"
+    assert disk.path("/var/lib/rewind/before/sda.head").read_bytes()[:512] == HEAD
+
+
+def test_an_installation_that_fails_leaves_the_disk_as_it_was(disk):
+    before = disk.path("/dev/sda").read_bytes()
+    disk.program("grub-install", "dd if=/dev/zero of=/dev/sda conv=notrunc count=100; echo out of luck >&2; exit 1")
+    done = loaded(disk)
+    assert done.code == 1 and disk.path("/dev/sda").read_bytes() == before, done
+    assert any("out of luck" in line for line in done.report)
+    assert any("the boot volume has to stay attached" in line for line in done.report)
+
+
+def test_without_a_gap_the_boot_volume_stays(disk):
+    disk.write("/sys/class/block/sda/sda1/start", "63\n")
+    disk.program("grub-install", "echo x >/calls")
+    done = loaded(disk)
+    assert done.code == 0 and "loader: left as it was" in done.report
+    assert "the boot volume has to stay attached: /dev/sda has no room" in done.report[0]
+    assert not disk.path("/calls").exists()
+
+
+def test_without_an_initramfs_for_this_hardware_the_boot_volume_stays(uefi):
+    """P6-19: a disk that starts and does not find its root would be worse than one that does not start."""
+    uefi.program("update-initramfs", "exit 1")
+    done = uefi.run(plan(firmware=Firmware.UEFI), {"initramfs": {}, "loader": {}}, "settle")
+    assert "loader: the boot volume has to stay attached: no initramfs could be made for this hardware" in done.report
+    assert not uefi.path("/boot/efi/EFI/BOOT").exists()
+
+
+def test_a_root_that_is_named_by_the_old_hardware(disk):
+    """P6-19: GRUB's menu would look for a disk that has another name here."""
+    made = plan()
+    made = replace(made, client=replace(made.client, command_line="root=/dev/vda1 ro"))
+    made = replace(made, inventory=made.inventory.model_copy(update={"disk_bus": "sata"}))
+    done = disk.run(made, {"loader": {}}, "settle")
+    assert "loader: left as it was" in done.report and "root=/dev/vda1" in done.report[0], done
+    same = replace(made, inventory=made.inventory.model_copy(update={"disk_bus": "virtio"}))
+    assert steps()["loader"].variables(same, None)["RW_UNSTABLE"] == ""
+
+
+# --- a GPT on a BIOS ------------------------------------------------------------------------------------------------
+
+GRUB = 'echo "$*" >/calls; printf GRUB | dd of=/dev/sda conv=notrunc bs=1 seek=100 2>/dev/null'
+# As a Debian that was installed for UEFI has it: made by sfdisk, whose first usable sector is 2048.
+GPT = f"label: gpt\nstart=2048, size=20480, type={ESP}\nsize=65536, name=root\n"
+
+
+def test_a_gpt_without_a_bios_boot_partition_gets_one(disk):
+    """P6-17, P6-19: in the room before its first partition; all others stay where they are, with their identities."""
+    settled_disk.table(disk, GPT)
+    before = disk.inside("sfdisk", "-d", "/dev/sda").splitlines()
+    disk.program("grub-install", GRUB)
+    done = loaded(disk)
+    assert done.code == 0 and "loader: done" in done.report, done
+    assert dumped(disk)[2] == ("34", "2014", BIOS_BOOT) and disk.read("/calls") == "--target=i386-pc /dev/sda\n"
+    after = disk.inside("sfdisk", "-d", "/dev/sda").splitlines()
+    assert [line for line in before if line.startswith(("/dev", "label-id"))] == [
+        line for line in after if line.startswith(("/dev", "label-id")) and "BIOS boot" not in line
+    ]
+
+
+def test_a_gpt_without_room_for_one_keeps_the_boot_volume(disk):
+    """P6-18: refused by name, and nothing was written."""
+    settled_disk.table(disk, "label: gpt\nfirst-lba: 34\nstart=40, size=196000\n")
+    before = settled_disk.ends(disk)
+    disk.program("grub-install", GRUB)
+    done = loaded(disk)
+    assert "loader: left as it was" in done.report, done
+    assert "/dev/sda has no BIOS boot partition and no room for one" in done.report[0]
+    assert settled_disk.ends(disk) == before and not disk.path("/calls").exists()
+
+
+def test_a_client_without_grub_for_a_bios_is_named(disk):
+    """P6-19: a Debian that was installed for UEFI has no grub-pc-bin."""
+    disk.hide("grub-install")
+    settled_disk.table(disk, GPT)
+    before = settled_disk.ends(disk)
+    done = loaded(disk)
+    assert "the guest has no GRUB for a BIOS (grub-pc-bin)" in done.report[0], done
+    assert settled_disk.ends(disk) == before
+
+
+# --- UEFI -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_clients_own_loader_is_put_where_any_firmware_looks(uefi):
+    """P6-19: firmware of another machine has forgotten the name under which the old one knew it."""
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 0 and uefi.read("/boot/efi/EFI/BOOT/BOOTX64.EFI") == "grub", done
+
+
+def test_shim_brings_grub_along(uefi):
+    uefi.write("/boot/efi/EFI/debian/shimx64.efi", "shim")
+    uefi.write("/boot/efi/EFI/debian/mmx64.efi", "keys")
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 0 and uefi.read("/boot/efi/EFI/BOOT/BOOTX64.EFI") == "shim", done
+    assert uefi.read("/boot/efi/EFI/BOOT/grubx64.efi") == "grub"
+
+
+def test_an_esp_that_firmware_starts_is_left_alone(uefi):
+    uefi.write("/boot/efi/EFI/BOOT/BOOTX64.EFI", "grub")
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 0 and not uefi.path("/var/lib/rewind/before/boot").exists()
+    assert "loader: nothing to do" in done.report
+
+
+def test_shim_without_grub_is_not_copied_alone(uefi):
+    """P6-26: half of a chain starts nothing, and would be found before anything that does."""
+    uefi.write("/boot/efi/EFI/debian/shimx64.efi", "shim")
+    uefi.path("/boot/efi/EFI/debian/grubx64.efi").unlink()
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 1 and not uefi.path("/boot/efi/EFI/BOOT/BOOTX64.EFI").exists(), done
+
+
+def test_shim_that_lacks_its_grub_gets_it(uefi):
+    """P6-26: it is there, and would start nothing."""
+    uefi.write("/boot/efi/EFI/debian/shimx64.efi", "shim")
+    uefi.write("/boot/efi/EFI/BOOT/BOOTX64.EFI", "shim")
+    done = loaded(uefi, Firmware.UEFI)
+    assert "loader: done" in done.report and uefi.read("/boot/efi/EFI/BOOT/grubx64.efi") == "grub", done
+
+
+def test_of_several_systems_the_clients_own_loader_is_taken(uefi):
+    uefi.write("/boot/efi/EFI/arch/grubx64.efi", "another")
+    assert loaded(uefi, Firmware.UEFI).code == 0
+    assert uefi.read("/boot/efi/EFI/BOOT/BOOTX64.EFI") == "grub"
+
+
+LIST = "BootCurrent: 0001\nBootOrder: 0001,0000\nBoot0000* UiApp\nBoot0001* UEFI QEMU DVD-ROM\n"
+
+
+def test_the_firmware_gets_an_entry(uefi):
+    """P6-19: behind those that are there, which stay; a second time there is nothing to add."""
+    settled_disk.table(uefi, GPT)
+    settled_disk.entries(uefi, LIST)
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 0 and any(r"a new entry for \EFI\debian\grubx64.efi" in line for line in done.report), done
+    found = uefi.read("/sys/firmware/efi/list")
+    assert "BootOrder: 0001,0000,0007\n" in found and "Boot0007* debian" in found and "Boot0000* UiApp" in found
+    again = uefi.run(plan(firmware=Firmware.UEFI), {"loader": {}}, "settle", seed="another image")
+    assert "loader: nothing to do" in again.report and uefi.read("/sys/firmware/efi/list") == found, again
+
+
+def test_another_systems_fallback_stays(uefi):
+    """P6-19: a second system on the disk keeps what starts it; the firmware's list knows ours."""
+    uefi.write("/boot/efi/EFI/BOOT/BOOTX64.EFI", "windows")
+    uefi.hide("efibootmgr")
+    done = loaded(uefi, Firmware.UEFI)
+    assert "the boot volume has to stay attached" in done.report[0] and "loader: left as it was" in done.report, done
+    settled_disk.table(uefi, GPT)
+    settled_disk.entries(uefi)
+    done = uefi.run(plan(firmware=Firmware.UEFI), {"loader": {}}, "settle", seed="another image")
+    assert "loader: done" in done.report and "Boot0007" in uefi.read("/sys/firmware/efi/list"), done
+    assert uefi.read("/boot/efi/EFI/BOOT/BOOTX64.EFI") == "windows"
+
+
+def without_an_esp(root, label, mib=96):
+    settled_disk.table(root, f"label: {label}\nstart=2048, size=20480\n", mib)
+    root.write("/usr/lib/grub/x86_64-efi/modinfo.sh", "")
+    root.path("/boot/efi/EFI/debian/grubx64.efi").unlink()
+    root.program("mkfs.vfat", "echo $* >/made")
+    root.program("grub-install", "mkdir -p /boot/efi/EFI/BOOT; echo grub >/boot/efi/EFI/BOOT/BOOTX64.EFI")
+
+
+@pytest.mark.parametrize("label", ["dos", "gpt"])
+def test_an_esp_is_made_where_there_is_room(uefi, label):
+    """P6-18, P6-19: at the end, so that what lies before it can grow."""
+    without_an_esp(uefi, label)
+    before = dumped(uefi)
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 0 and "loader: done" in done.report, done
+    after = dumped(uefi)
+    assert after[:1] == before and after[1][1:] == ("131072", "ef" if label == "dos" else ESP)
+    assert int(after[1][0]) > 60_000 and uefi.read("/made").endswith("/dev/sda2\n")
+
+
+def test_without_an_esp_and_room_the_boot_volume_stays(uefi):
+    without_an_esp(uefi, "dos", 50)
+    before = settled_disk.ends(uefi)
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 0 and "no EFI system partition and no room for one" in done.report[0], done
+    assert settled_disk.ends(uefi) == before
+
+
+def test_a_partition_that_cannot_be_used_leaves_the_table_as_it_was(uefi):
+    """P6-18: the new ESP has no file system in the end: nobody must find it."""
+    without_an_esp(uefi, "dos")
+    uefi.program("mkfs.vfat", "exit 1")
+    before = settled_disk.ends(uefi)[:512]
+    done = loaded(uefi, Firmware.UEFI)
+    assert done.code == 1 and any("the partition table of /dev/sda is as before" in line for line in done.report), done
+    assert settled_disk.ends(uefi)[:512] == before
