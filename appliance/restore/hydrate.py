@@ -59,7 +59,8 @@ _log = logging.getLogger(__name__)
 class Order:
     """`exports` are the disks of the point by their own targets, `disks` the targets of the new domain with the export
     that each begins as. `owner` is QEMU's user and group, None for our own. `rate` in bytes a second, 0 for no limit.
-    `image` is the folder of the bootable image, `point` what it is of."""
+    `image` is the folder of the bootable image, `point` what it is of. `settles` names the report that the guest writes
+    once its disk starts by itself, empty if it does not."""
 
     domain: str
     uuid: str
@@ -71,13 +72,14 @@ class Order:
     owner: tuple[int, int] | None
     rate: int
     image: str
+    settles: str = ""
 
     def to_json(self) -> dict[str, Any]:
         exports = {name: [ref.root.hex(), ref.size, ref.place] for name, ref in self.exports.items()}
         return {
             "domain": self.domain, "uuid": self.uuid, "uri": self.uri, "point": self.point,
             "repository": self.repository, "exports": exports, "disks": dict(self.disks), "owner": self.owner,
-            "rate": self.rate, "image": self.image,
+            "rate": self.rate, "image": self.image, "settles": self.settles,
         }  # fmt: skip
 
     @classmethod

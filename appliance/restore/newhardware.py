@@ -16,7 +16,7 @@ from pathlib import Path
 
 from appliance.errors import NotSupported
 
-__all__ = ["NewDisk", "for_hardware", "macs", "wanted_disks"]
+__all__ = ["NewDisk", "for_hardware", "macs", "wanted_disks", "without_medium"]
 
 _OF_A_RUN = ("uuid", "seclabel", "resource", "os/nvram")
 _LINES = ("serial", "console", "parallel", "channel")
@@ -83,6 +83,23 @@ def for_hardware(
         _drop_host_paths(root)
     _boot_from(root, medium)
     return ET.tostring(root, encoding="unicode")
+
+
+def without_medium(xml: str, name: str, folder: Path) -> tuple[str, Path | None]:
+    """The definition without the CD of `for_hardware`, whose file is in `folder`, and that file; it starts from its
+    first disk then. None for a definition that has no such CD, which is returned as it is. Raises NotSupported when it
+    is no definition."""
+    root = _parse(xml, name)
+    devices = root.find("devices")
+    assert devices is not None, "_parse has seen it"
+    for disk in root.findall("devices/disk"):
+        source = Path(_get(disk, "source", "file") or "/")
+        if disk.get("device") == "cdrom" and source.parent == folder:
+            devices.remove(disk)
+            for number, other in enumerate(_hard_disks(root)[:1], 1):
+                _child(other, "boot").set("order", str(number))
+            return ET.tostring(root, encoding="unicode"), source
+    return xml, None
 
 
 def _parse(xml: str, name: str) -> ET.Element:

@@ -130,6 +130,24 @@ class ImageRunning(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageStep:
+    """Part of other lines: one step of settling."""
+
+    name: str
+    outcome: str
+    said: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettled(Record):
+    type = "image-settled"
+    name: str
+    alone: bool
+    steps: tuple[ImageStep, ...]
+    medium: Path
+
+
+@dataclass(frozen=True, slots=True)
 class ImageServed(Record):
     type = "image-served"
     name: str

@@ -12,8 +12,9 @@ import click
 from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, rate_option
-from appliance.cli.settling import after_options, chosen
+from appliance.cli.settling import after_options, chosen, sizes_of
 from appliance.cli.text import clock, counted
+from appliance.cli.verbs.settled import settle_command
 from appliance.cli.verbs.streaming import emit_running, emit_streamed, serve_command
 from appliance.cli.verbs.verification import evidence_command, verify_command
 from appliance.errors import (
@@ -391,10 +392,12 @@ def _build(
 @click.option("--new-macs", is_flag=True, help="Give its network cards new addresses instead of the target's own.")
 @click.option("--background", is_flag=True, help="Return as soon as it runs; its disks are filled all the same.")
 @rate_option("Fill its disks with at most this much a second (50M).")
+@click.option("--size", "sizes", multiple=True, metavar="DISK=BYTES", callback=sizes_of,
+              help="Make the guest's DISK (vda) this large (20G): smaller as far as its partitions allow.")  # fmt: skip
 @after_options
 def _start(
     context: Context, domain: str, when: str, target: str, template: str, name: str, folder: Path, new_macs: bool,
-    background: bool, rate: int | None, after: Any,
+    background: bool, rate: int | None, sizes: dict[str, int], after: Any,
 ) -> None:  # fmt: skip
     """Start DOMAIN as of WHEN as a new domain on a target's hardware, at once.
 
@@ -406,7 +409,7 @@ def _start(
     with context.session() as session:
         made = starting.start(
             session, domain, when, target, name, folder, template=template, rate=rate or 0, new_macs=new_macs,
-            after=chosen(after),
+            after=chosen(after), sizes=sizes,
         )  # fmt: skip
         record = records.ImageStarted(
             made.name, made.uuid, made.point, made.target, made.disks, made.image, made.seconds, made.warnings
@@ -470,7 +473,8 @@ for _group, _verbs in (
     (target_command, (_target_add, _target_list, _target_show, _target_remove, _target_profiles, _target_script)),
     (template_command, (_template_build, _template_list, _template_remove)),
     (drivers_command, (_drivers_add, _drivers_list, _drivers_remove)),
-    (image_command, (_plan, _build, _start, serve_command, _list, _resume, _forget, verify_command, evidence_command)),
+    (image_command, (_plan, _build, _start, serve_command, _list, _resume, settle_command, _forget, verify_command,
+                     evidence_command)),
 ):
     for _one in _verbs:
         _group.add_command(_one)

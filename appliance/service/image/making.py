@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -29,7 +29,7 @@ from images.drivers.store import DriverStore
 from images.drivers.tables import tables_from_folder, tables_from_tree
 from images.guest import Guest, open_guest
 from images.model import Client, Inventory, Plan
-from images.settle.choice import After, with_steps
+from images.settle.choice import After, report_of, with_steps
 from images.template.build import Template
 
 __all__ = ["Made", "Planned", "Ready", "build", "opened", "plan", "prepared"]
@@ -51,10 +51,12 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An image, and the plan that it was built by."""
+    """An image, and the plan that it was built by. `settles` is what its client's report of settling is known by,
+    empty when it does nothing to itself."""
 
     planned: Planned
     built: Built
+    settles: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +95,22 @@ def plan(
 def build(
     session: Session, domain: str, when: str, target: str, media: Sequence[str], folder: Path, template: str = "",
     keys: Sequence[bytes] = (), options: Options | None = None, inventory: Inventory | None = None,
-    after: After | None = None,
+    after: After | None = None, look: Callable[[Guest], None] | None = None,
 ) -> Made:  # fmt: skip
     """Build these media into `folder`, which must not exist. `inventory` instead of what the target's name stands for;
-    `after` is what the client does to itself once it runs. Raises as `plan` and `images.build.build_image`; nothing is
+    `after` is what the client does to itself once it runs. `look` sees the guest before anything is written, and may
+    raise. Raises as `plan` and `images.build.build_image`; nothing is
     left then."""
     with prepared(session, domain, when, target, template, keys, options, inventory) as ready:
         planned = ready.planned
+        if look is not None:
+            look(ready.guest)
         plan, settings = with_steps(planned.plan, after or After(), f"{planned.point} {planned.plan.inventory.name}")
         built = build_image(
             plan, ready.guest.tree, ready.template, media=media, folder=folder, settings=settings,
             driver_store=drivers.reader(ready.store, plan.client.release),
         )  # fmt: skip
-        return Made(replace(planned, plan=plan), built)
+        return Made(replace(planned, plan=plan), built, report_of(settings))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from appliance.restore import hydrate, serve
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
 from appliance.service.elsewhere import choose
 from appliance.service.image import making, targets
+from appliance.service.image.sizes import Sizes
 from appliance.service.instant import resolve
 from appliance.service.session import Progress, Session, silent
 from images.model import Inventory
@@ -37,7 +38,7 @@ from images.settle.choice import After
 if TYPE_CHECKING:
     from appliance.hypervisor.base import Domain
 
-__all__ = ["Running", "Started", "follow", "forget", "listing", "resume", "start"]
+__all__ = ["Running", "Started", "follow", "forget", "listing", "resume", "running", "start"]
 
 _MEDIUM = "iso"
 _LOOK = 0.5
@@ -74,15 +75,20 @@ class Running:
 def start(
     session: Session, domain: str, when: str, target: str, name: str, folder: Path, *, template: str = "",
     keys: Sequence[bytes] = (), rate: int = 0, new_macs: bool = False, after: After | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Started:  # fmt: skip
     """Bring DOMAIN's point up as the new domain `name` with the target's hardware; its files are in `folder`.
-    `after` as for `making.build`; a new host name is that of the domain if none is chosen.
+    `after` as for `making.build`; a new host name is that of the domain if none is chosen. `sizes` are bytes that disks
+    of the point get instead of their own.
 
-    Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing
-    and what `making.build` raises: nothing is left then.
+    Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing,
+    ConfigError for a size of a disk that there is not, ImageError for one that is too small, and what `making.build`
+    raises: nothing is left then.
     """
     with _alone(session, name), session.repository.session(f"start of {name}"):
-        return _start(session, domain, when, target, name, folder, template, keys, rate, new_macs, after or After())
+        return _start(
+            session, domain, when, target, name, folder, template, keys, rate, new_macs, after or After(), sizes or {}
+        )  # fmt: skip
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def _alone(session: Session, name: str) -> Iterator[None]:
 
 def _start(
     session: Session, domain: str, when: str, target: str, name: str, folder: Path, template: str,
-    keys: Sequence[bytes], rate: int, new_macs: bool, after: After,
+    keys: Sequence[bytes], rate: int, new_macs: bool, after: After, sizes: Mapping[str, int],
 ) -> Started:  # fmt: skip
     began = time.monotonic()
     found = targets.find(session, target)
@@ -109,6 +115,7 @@ def _start(
     if hydrate.load(session.home, name) is not None or serve.load(session.home, name) is not None:
         raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
     disks = choose(point, ())
+    fit = Sizes(disks, sizes)
     places = wanted_disks(found.definition, len(disks), name)
     addresses = _addresses(found.definition, name, new_macs)
     inventory = _with_macs(found.inventory, addresses)
@@ -116,11 +123,11 @@ def _start(
     with ExitStack() as undo:
         made = making.build(
             session, domain, point.id, target, [_MEDIUM], folder, template, keys, inventory=inventory,
-            after=after.named(name),
+            after=after.named(name), look=fit.look,
         )  # fmt: skip
         undo.callback(_remove, folder)
         medium = made.built.files[_MEDIUM]
-        new = _define(session, undo, point, disks, places, name, folder, medium, found, addresses, rate)
+        new = _define(session, undo, point, fit, places, name, folder, medium, found, addresses, rate, made.settles)
         new.start()
         undo.pop_all()
     return Started(
@@ -130,10 +137,11 @@ def _start(
 
 
 def _define(
-    session: Session, undo: ExitStack, point: Point, disks: Sequence[DiskPoint], places: Sequence[str], name: str,
-    folder: Path, medium: Path, target: targets.Target, addresses: Sequence[str], rate: int,
+    session: Session, undo: ExitStack, point: Point, fit: Sizes, places: Sequence[str], name: str, folder: Path,
+    medium: Path, target: targets.Target, addresses: Sequence[str], rate: int, settles: str,
 ) -> Domain:  # fmt: skip
     """The domain, shut off, over a view that answers."""
+    disks = fit.disks
     uid, gid = qemu_user(session.uri)
     identity = str(uuid.uuid4())
     socket = hydrate.socket_path(session.home, identity)
@@ -143,12 +151,12 @@ def _define(
         new_disks[place] = NewDisk(path, one.disk, socket)
     order = hydrate.Order(
         name, identity, session.uri, point.id, session.spec.to_json(), {one.disk: one.map for one in disks},
-        {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder),
+        {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder), settles,
     )  # fmt: skip
     undo.callback(hydrate.tidy, session.home, name)
     hydrate.launch(session.home, order, session.settings_file)
     for place, one in zip(places, disks, strict=True):
-        _overlay(new_disks[place], one, (uid, gid))
+        _overlay(new_disks[place], one, fit, (uid, gid))
     folder.chmod(0o711)  # QEMU's user passes through
     medium.chmod(0o600)
     os.chown(medium, uid, gid)
@@ -164,7 +172,7 @@ def _define(
 def follow(session: Session, name: str, progress: Progress = silent) -> Running:
     """Until its disks are its own, or its process has ended. Raises ConfigError for a name that nobody brought up."""
     while True:
-        found = _running(session, name)
+        found = running(session, name)
         progress(found.done_bytes, found.total_bytes, f"disks of {name}")
         if found.phase in ("done", "stopped"):
             return found
@@ -173,14 +181,14 @@ def follow(session: Session, name: str, progress: Progress = silent) -> Running:
 
 def listing(session: Session) -> list[Running]:
     """All that were brought up from this home and not forgotten."""
-    return [_running(session, name) for name in hydrate.names(session.home)]
+    return [running(session, name) for name in hydrate.names(session.home)]
 
 
 def resume(session: Session, name: str) -> None:
     """Have its disks filled again, after this host was restarted or the process that did it died. Raises ConfigError
     for a name that nobody brought up, RestoreError as `hydrate.launch`."""
     order = hydrate.load(session.home, name)
-    if order is not None and _running(session, name).phase == "stopped":
+    if order is not None and running(session, name).phase == "stopped":
         # The key may come to us through another descriptor than to whoever began.
         hydrate.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
@@ -188,7 +196,7 @@ def resume(session: Session, name: str) -> None:
 def forget(session: Session, name: str) -> None:
     """End what is kept for a domain that was brought up: of one that is done, or gone. Raises ConfigError for a name
     that nobody brought up, and for a domain that still needs the repository."""
-    found = _running(session, name)
+    found = running(session, name)
     order = hydrate.load(session.home, name)
     assert order is not None, "it was just read"
     try:
@@ -202,7 +210,8 @@ def forget(session: Session, name: str) -> None:
     hydrate.tidy(session.home, name)
 
 
-def _running(session: Session, name: str) -> Running:
+def running(session: Session, name: str) -> Running:
+    """Raises ConfigError for a name that nobody brought up."""
     order, state = hydrate.load(session.home, name), hydrate.state(session.home, name)
     if order is None:
         raise ConfigError(reason=f"no domain {name!r} was brought up from here", hint="`rewind image list` lists them")
@@ -239,14 +248,15 @@ def _with_uuid(xml: str, identity: str) -> str:
     return xml.replace("<name>", f"<uuid>{identity}</uuid><name>", 1)
 
 
-def _overlay(disk: NewDisk, stored: DiskPoint, owner: tuple[int, int]) -> None:
+def _overlay(disk: NewDisk, stored: DiskPoint, fit: Sizes, owner: tuple[int, int]) -> None:
     backing: dict[str, Any] = {"driver": "raw", "file": {
         "driver": "nbd", "server.type": "unix", "server.path": str(disk.socket), "export": disk.export,
     }}  # fmt: skip
     run(
         ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1,lazy_refcounts=on", "-u", "-b",
-         "json:" + json.dumps(backing), "-F", "raw", disk.path, str(stored.size)]
+         "json:" + json.dumps(backing), "-F", "raw", disk.path, str(fit.of(stored))]
     )  # fmt: skip
+    fit.put_tables(stored, disk)
     disk.path.chmod(0o600)
     os.chown(disk.path, *owner)
 

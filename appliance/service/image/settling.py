@@ -1,0 +1,100 @@
+"""A domain that was started with `--settle` loses its boot medium, once its own disk is known to start by itself.
+
+What its steps came to is read from its disk, where it has put it: the guest has no other way to us. The reader is
+that of points, a caged child; nothing of the guest is mounted or run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.errors import ConfigError, ImageError
+from appliance.hypervisor.base import DomainState
+from appliance.restore import hydrate
+from appliance.restore.newhardware import without_medium
+from appliance.service.image.starting import running
+from appliance.service.session import Session
+from images.guest import open_guest
+from images.guest.texts import printable
+from images.settle.choice import REPORTS
+
+__all__ = ["Settled", "StepDone", "outcomes", "settle"]
+
+_MOST = 1 << 16
+_FORMAT = "qcow2"
+_OUTCOMES = {"done": "done", "nothing to do": "nothing", "left as it was": "left"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """`outcome`: `done`, `nothing` (there was nothing to do), `left` (as it was) or `failed`; `said`: its sentences."""
+
+    name: str
+    outcome: str
+    said: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """`alone`: its disk starts by itself, and its definition has no `medium` any more; the file is still there."""
+
+    name: str
+    alone: bool
+    steps: tuple[StepDone, ...]
+    medium: Path
+
+
+def settle(session: Session, name: str) -> Settled:
+    """Read what became of the domain `name`, and take its boot medium away if it can do without. May be repeated.
+
+    Raises ConfigError for a name that nobody brought up, one that was started without `--settle`, and one that runs or
+    still reads from the repository; ImageError when it has not settled yet; GuestUnreadable when its disk cannot be
+    read; HypervisorError. Its definition is as before then.
+    """
+    found = running(session, name)
+    order = hydrate.load(session.home, name)
+    assert order is not None, "it was just read"
+    if not order.settles:
+        hint = "`rewind image start --settle` has a guest make its disk start by itself"
+        raise ConfigError(reason=f"domain {name!r} was not started with --settle", hint=hint)
+    if found.phase != "done":
+        reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
+        raise ConfigError(reason=reason, hint="wait until `rewind image list` says done")
+    hypervisor = session.hypervisor(order.uri)
+    domain = hypervisor.domain(order.uuid)
+    if domain.state() is not DomainState.SHUTOFF:
+        raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=f"`virsh shutdown {name}`")
+    folder = Path(order.image)
+    steps = outcomes(_report(session, {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}, order.settles))
+    alone = any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps)
+    definition, medium = without_medium(domain.definition(), name, folder)
+    if alone and medium is not None:
+        hypervisor.define(definition)
+    return Settled(name, alone, steps, medium or folder)
+
+
+def outcomes(report: str) -> tuple[StepDone, ...]:
+    """The steps of a report in their order (`images/settle/run.sh`): each line is `STEP: sentence`, and a step's last
+    one says what it came to. The text is the guest's: what cannot be printed is replaced."""
+    said: dict[str, list[str]] = {}
+    for line in report.splitlines():
+        step, colon, sentence = printable(line).partition(": ")
+        if colon and step not in ("identity", "settle"):
+            said.setdefault(step, []).append(sentence)
+    return tuple(StepDone(step, _OUTCOMES.get(lines[-1], "failed"), tuple(lines[:-1])) for step, lines in said.items())
+
+
+def _report(session: Session, disks: Mapping[str, Path], settles: str) -> str:
+    scratch = Path(tempfile.mkdtemp(prefix="settled-", dir=session.home.path / "run"))
+    try:
+        with open_guest({disk: f"{_FORMAT}:{path}" for disk, path in disks.items()}, scratch) as guest:
+            return guest.tree.read(f"{REPORTS}/{settles}", _MOST).decode(errors="replace")
+    except FileNotFoundError as error:
+        reason = "the guest has not settled yet: its disk has no report of it"
+        raise ImageError(reason=reason, hint="start it; its console tells each step") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

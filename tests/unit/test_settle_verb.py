@@ -1,0 +1,156 @@
+"""`rewind image settle`: what a guest's report says, and when the boot medium goes. With a guest that boots:
+tests/integration/test_image_settle.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from appliance.cli.settling import sizes_of
+from appliance.errors import ConfigError, ImageError
+from appliance.hypervisor.base import DomainState
+from appliance.restore import hydrate
+from appliance.service.image import settling
+from appliance.service.image.sizes import Sizes
+from appliance.service.image.starting import Running
+from images.settle.choice import After, report_of, with_steps
+from tests.support.guestdisk import debian
+from tests.support.settling import plan
+
+REPORT = """initramfs: the disk needs ahci
+initramfs: done
+loader: /dev/sda has GRUB in its first sector: it starts by itself
+loader: nothing to do
+settle: done
+"""
+XML = """<domain><name>twin</name><devices><disk type="file" device="disk"><source file="{folder}/twin-sda.qcow2"/>
+<target dev="sda"/><boot order="2"/></disk><disk type="file" device="cdrom"><source file="{folder}/rewind.iso"/>
+<target dev="sdz"/><boot order="1"/></disk></devices></domain>"""
+
+
+def test_a_report_is_told_step_by_step():
+    found = settling.outcomes(REPORT)
+    assert [(one.name, one.outcome) for one in found] == [("initramfs", "done"), ("loader", "nothing")]
+    assert found[0].said == ("the disk needs ahci",)
+
+
+def test_a_report_is_the_guests_and_may_say_anything():
+    found = settling.outcomes("loader: \x1b[2Jdone\nloader: failed (1)\nno colon\n: \nx: left as it was\n")
+    assert [(one.name, one.outcome) for one in found][:1] == [("loader", "failed")]
+    assert "\x1b" not in repr([one.said for one in found]).encode().decode("unicode_escape")
+
+
+def test_the_name_of_the_report_is_known_beforehand():
+    _, settings = with_steps(plan(), After(settle=True), "seed")
+    assert report_of(settings).startswith("settle-") and report_of(with_steps(plan(), After(), "seed")[1]) == ""
+    assert report_of(with_steps(plan(), After(identity="new"), "seed")[1]) == ""
+
+
+# --- the verb -------------------------------------------------------------------------------------------------------
+
+
+class Host:
+    """A libvirt of one domain."""
+
+    def __init__(self, folder):
+        self.xml, self.power = XML.format(folder=folder), DomainState.SHUTOFF
+
+    def domain(self, _name):
+        return self
+
+    def state(self):
+        return self.power
+
+    def definition(self):
+        return self.xml
+
+    def define(self, definition):
+        self.xml = definition
+
+
+@pytest.fixture
+def brought_up(tmp_path, monkeypatch, session):
+    """A domain whose disk is a small Debian with this report; `state` is what is known of it."""
+
+    def made(report, settles="settle-1", phase="done"):
+        folder = tmp_path / "files"
+        changes = {} if report is None else {"/var/lib/rewind/settle-1": report}
+        debian(folder, changes)
+        (folder / "disk.raw").rename(folder / "twin-sda.qcow2")
+        # The name says what it is in the product; here a raw image is enough.
+        monkeypatch.setattr(settling, "_FORMAT", "raw")
+        order = hydrate.Order("twin", "u", "test:///", "p", "{}", {}, {"sda": "vda"}, None, 0, str(folder), settles)
+        left = () if phase == "done" else ("sda",)
+        monkeypatch.setattr(settling, "running", lambda *_: Running("twin", "p", phase, 0, 0, left, ""))
+        monkeypatch.setattr(settling.hydrate, "load", lambda *_: order)
+        host = Host(folder)
+        monkeypatch.setattr(session, "hypervisor", lambda *_: host, raising=False)
+        return host
+
+    return made
+
+
+class FakeSession:
+    def __init__(self, home):
+        self.home = home
+
+
+@pytest.fixture
+def session(tmp_path):
+    from appliance.config import Home
+
+    (tmp_path / "home/run").mkdir(parents=True)
+    return FakeSession(Home(tmp_path / "home"))
+
+
+def test_the_medium_is_taken_when_the_disk_starts_by_itself(brought_up, session):
+    """P6-19."""
+    host = brought_up(REPORT)
+    found = settling.settle(session, "twin")
+    assert found.alone and found.medium.name == "rewind.iso" and "rewind.iso" not in host.xml
+    again = settling.settle(session, "twin")
+    assert again.alone and again.steps == found.steps
+
+
+@pytest.mark.parametrize("line", ["left as it was", "failed (1)"])
+def test_the_medium_stays_when_it_does_not(brought_up, session, line):
+    """P6-19: and it is named."""
+    host = brought_up(f"loader: the boot volume has to stay attached: no room\nloader: {line}\nsettle: done\n")
+    before = host.xml
+    found = settling.settle(session, "twin")
+    assert not found.alone and found.medium.name == "rewind.iso" and host.xml == before
+
+
+def test_what_has_not_settled_is_refused(brought_up, session):
+    brought_up(None)
+    with pytest.raises(ImageError, match="has not settled yet"):
+        settling.settle(session, "twin")
+
+
+@pytest.mark.parametrize(
+    ("options", "power", "words"),
+    [
+        ({"settles": ""}, DomainState.SHUTOFF, "was not started with --settle"),
+        ({"phase": "pulling"}, DomainState.SHUTOFF, "still reads sda from the repository"),
+        ({}, DomainState.RUNNING, "runs, so its disk cannot be read"),
+    ],
+)
+def test_when_it_cannot_be_known(brought_up, session, options, power, words):
+    host = brought_up(REPORT, **options)
+    host.power, before = power, host.xml
+    with pytest.raises(ConfigError, match=words):
+        settling.settle(session, "twin")
+    assert host.xml == before
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_told_by_disk():
+    from click import BadParameter
+
+    assert sizes_of(None, None, ("vda=2G", "vdb=512k")) == {"vda": 2 << 30, "vdb": 512 << 10}
+    for wrong in ("vda", "vda=", "=2G", "vda=much"):
+        with pytest.raises(BadParameter, match="is not DISK=BYTES"):
+            sizes_of(None, None, (wrong,))
+    with pytest.raises(ConfigError, match="the point has no disk 'vdb'"):
+        Sizes([], {"vdb": 1 << 20})
