@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from appliance import nbd
-from appliance.errors import ConfigError, RewindError
+from appliance.errors import ConfigError, RewindError, ToolFailed
 from appliance.model import MapRef
 from appliance.nbdkit import Server
 from appliance.timeline.view import CACHE
@@ -85,6 +85,12 @@ class ViewServer:
     def uri(self, export: str) -> str:
         """For nbdinfo, nbdcopy, qemu-img."""
         return f"nbd+unix:///{quote(export)}?socket={quote(os.fspath(self.socket))}"
+
+    def size(self, export: str) -> int:
+        """In bytes. Raises ToolFailed for one that is not shown."""
+        if export not in self._exports:
+            raise ToolFailed(tool="nbdkit-view", reason=f"no disk {export!r} is shown here")
+        return self._exports[export].size
 
     def start(self) -> None:
         """Serve. Raises ToolFailed with the reason; nothing runs then. After `kill` it may be started again."""

@@ -4,11 +4,16 @@
 
 Only data moves and only data takes room. The wanted name appears when the image is complete; before, it is an empty
 file that keeps the name, and after a failure it is gone.
+
+Where the file system can, the image goes past the host's page cache: a large one would push out what the guests of the
+host have there, and then hold up everybody's writes until it is on disk. Copying it there was also half of qemu-img's
+work (1.9 s of processor a GiB, 0.7 without).
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import stat
@@ -44,6 +49,7 @@ FORMATS = ("qcow2", "raw")
 
 _PROGRESS = re.compile(r"\((\d+(?:\.\d+)?)/100%\)")
 _POLL = 0.05
+_BLOCK = 4096
 # Reads of the target in flight while it is verified, and chunks a request: 4 MiB in all.
 _VERIFIERS = 4
 _VERIFY_CHUNKS = 16
@@ -72,11 +78,11 @@ def write_image(
     if _is_device(target):
         if not device:
             raise TargetExists(path=target, hint="it is a block device: its content would be lost; say so explicitly")
-        _convert(view.uri(export), target, "raw", ["-n"], rate, progress, stop)
+        _convert(view.uri(export), target, "raw", ["-n", *_cache(target, view.size(export))], rate, progress, stop)
         _sync(target)
         return
     with _new_file(target) as hidden:
-        _convert(view.uri(export), hidden, format, [], rate, progress, stop)
+        _convert(view.uri(export), hidden, format, _cache(hidden, view.size(export)), rate, progress, stop)
         _sync(hidden)
 
 
@@ -150,9 +156,8 @@ def _convert(
     if rate:
         options = [*options, "-r", str(rate)]
     stop = stop or threading.Event()
-    # `writeback`: the default of convert ignores flushes, and what it leaves behind is not durable.
     with Child(
-        ["qemu-img", "convert", "-p", "-W", "-m", "8", "-t", "writeback", "-f", "raw", "-O", format, *options, source,
+        ["qemu-img", "convert", "-p", "-W", "-m", "8", "-f", "raw", "-O", format, *options, source,
          target],
         name="qemu-img",
     ) as child:  # fmt: skip
@@ -167,6 +172,27 @@ def _convert(
                 raise NoSpace(url=str(target.parent), name=target.name, hint="make room there, or name another folder")
             raise ToolFailed(tool="qemu-img", reason=said or f"exit {child.wait()}")
         _tell(progress, child.tail())
+
+
+def _cache(target: Path, size: int) -> list[str]:
+    """How qemu-img shall write to the file, which exists. Its default ignores flushes: what it leaves is not durable.
+
+    A size that is not whole blocks is left to the page cache: on disks with sectors of 4 KiB the file would get longer.
+    """
+    return ["-t", "none" if size % _BLOCK == 0 and _direct(target) else "writeback"]
+
+
+def _direct(target: Path) -> bool:
+    """Whether it can be read and written past the page cache; some file systems open it for that and then refuse."""
+    try:
+        file = os.open(target, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            os.preadv(file, [mmap.mmap(-1, _BLOCK)], 0)
+        finally:
+            os.close(file)
+    except OSError:
+        return False
+    return True
 
 
 def _tell(progress: Callable[[float], None] | None, text: str) -> None:

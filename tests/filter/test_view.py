@@ -1,6 +1,8 @@
 """The view on a real nbdkit, read by the tools that people use."""
 
+import ctypes
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -23,7 +25,7 @@ from appliance.errors import (
 from appliance.extents import Extent
 from appliance.process import run
 from appliance.restore.export import STATS_EXPORT, ViewServer
-from appliance.restore.image import verify_image, write_image
+from appliance.restore.image import _direct, verify_image, write_image
 from appliance.store.gc import gc
 from appliance.timeline.view import write_pending
 from appliance.units import CHUNK, MiB
@@ -224,6 +226,36 @@ def test_a_disk_becomes_a_new_image(shop, disks, tmp_path, format):
             verify_image(repo, maps["vdb"], tmp_path / "nothing", format, shop.run)
     with pytest.raises(TargetExists):
         write_image(view, "vda", target, format)
+
+
+def cached(path):
+    """Bytes of a file that are in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages) == 0
+        del first
+        return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+@pytest.mark.parametrize(("whole", "able"), [(True, True), (True, False), (False, True)])
+def test_an_image_goes_past_the_page_cache_where_it_can(shop, tmp_path, monkeypatch, format, whole, able):
+    """P0-06: and where it cannot, or has half a block at its end, it is written as well."""
+    data = bytes(image(4 * MiB + (0 if whole else 512), seed=9, filled=0.9))
+    target = tmp_path / f"disk.{format}"
+    (tmp_path / "same").write_bytes(data)
+    target.touch()
+    direct = _direct(target)
+    target.unlink()
+    if not able:
+        monkeypatch.setattr("appliance.restore.image._direct", lambda _: False)
+    write_image(shop.view(exports=shop.taken(vda=data)), "vda", target, format)
+    assert cached(target) < 1 * MiB if direct and whole and able else cached(target) > 1 * MiB
+    run(["qemu-img", "compare", "-f", "raw", "-F", format, tmp_path / "same", target])
+    if format == "raw":
+        assert target.stat().st_size == len(data)
 
 
 def test_a_failed_or_interrupted_restore_leaves_no_image(shop, disks, tmp_path):
