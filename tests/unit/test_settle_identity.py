@@ -99,6 +99,14 @@ def test_machine_id(root):
     assert settings.run
 
 
+def test_machine_id_that_systemd_has_put_there(root):
+    """P6-24: systemd commits the id of the command line by itself, and knows nothing of D-Bus's copy."""
+    root.write("/etc/machine-id", "1" * 32 + "\n")
+    root.write("/var/lib/dbus/machine-id", "0" * 32 + "\n")
+    assert root.run(plan(), {"machine-id": {"id": "1" * 32}}, "identity").code == 0
+    assert root.read("/var/lib/dbus/machine-id") == "1" * 32 + "\n"
+
+
 def test_ssh_keys(root):
     """P6-24: made by the client; private parts are in no image, and the old ones in no copy."""
     for kind in ("ed25519", "rsa", "dsa"):
