@@ -20,12 +20,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, Literal, get_type_hints
 
 from appliance.errors import ConfigError, PermissionDenied
 
@@ -35,48 +32,48 @@ DEFAULT_HOME = Path("/var/lib/rewind")
 DEFAULT_SETTINGS = Path("/etc/rewind/rewind.yaml")
 
 
-class Settings(BaseModel):
-    """Every setting with its default. Durations are seconds, sizes bytes, rates bytes a second (0 = no limit)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class Settings:
+    """Every setting with its default and, as metadata in pydantic's words, its limits. Durations are seconds, sizes
+    bytes, rates bytes a second (0 = no limit)."""
 
     uri: str = "qemu:///system"
     # Long enough for a busy disk, short enough that a stuck copy-before-write breaks the snapshot and not the guest.
-    cbw_timeout: int = Field(default=10, ge=1, le=600)
-    rate_limit: int = Field(default=0, ge=0)
+    cbw_timeout: int = field(default=10, metadata={"ge": 1, "le": 600})
+    rate_limit: int = field(default=0, metadata={"ge": 0})
     # What the guest overwrites while a point is pushed is kept in scratch files; if more than this would be needed for
     # a domain (its disks have equal shares), the point fails and the guest goes on.
-    scratch_limit: int = Field(default=0, ge=0)
+    scratch_limit: int = field(default=0, metadata={"ge": 0})
     # How long a guest's read may wait in an instant revert while the view is being brought back.
-    view_timeout: float = Field(default=5.0, gt=0)
+    view_timeout: float = field(default=5.0, metadata={"gt": 0})
     # The last increment before a revert is pushed inside the pause: epochs repeat until it is smaller than this.
-    pause_budget: int = Field(default=8 << 20, ge=0)
+    pause_budget: int = field(default=8 << 20, metadata={"ge": 0})
     # A guest that writes too fast for that: the revert is refused when the last increment would stop it for longer.
-    pause_limit: float = Field(default=30.0, gt=0)
-    freeze_timeout: float = Field(default=10.0, gt=0)
+    pause_limit: float = field(default=30.0, metadata={"gt": 0})
+    freeze_timeout: float = field(default=10.0, metadata={"gt": 0})
     # An epoch that takes longer than this is given up and repeated.
-    epoch_timeout: float = Field(default=3600.0, gt=0)
+    epoch_timeout: float = field(default=3600.0, metadata={"gt": 0})
     hook_directory: str = "/etc/libvirt/hooks"
-    view_cache: int = Field(default=64 << 20, ge=1 << 20)
+    view_cache: int = field(default=64 << 20, metadata={"ge": 1 << 20})
     # Continuous capture: a power cut loses at most what was written within `journal_commit` before it. What is not in
     # sealed segments yet is in no repository either: `journal_segment_age` is how far that is behind. Each one costs a
     # guest that writes a little 8 KiB on the local disk, 0.3 KiB and one object in the repository, and 4 ms of CPU, so
     # 5 s are 17000 objects a day; with less than 2 s the requests to a paid store cost more than what they carry. A
     # guest that writes nothing makes no segments.
-    journal_commit: float = Field(default=0.2, ge=0.001, le=60)
-    journal_segment_age: float = Field(default=5.0, ge=0.1, le=86400)
+    journal_commit: float = field(default=0.2, metadata={"ge": 0.001, "le": 60})
+    journal_segment_age: float = field(default=5.0, metadata={"ge": 0.1, "le": 86400})
     # The folder of a domain's journal takes no more than this (0: as much as the disk has); capture goes over to epochs
     # when it is full.
-    journal_spool_limit: int = Field(default=16 << 30, ge=0)
+    journal_spool_limit: int = field(default=16 << 30, metadata={"ge": 0})
     # How finely the past of continuous capture is kept: every write for the first, then a point for each minute, then
     # for each hour (capture/tiers.py).
-    journal_keep: float = Field(default=4 * 3600.0, ge=0)
-    minutes_keep: float = Field(default=2 * 86400.0, ge=0)
-    hours_keep: float = Field(default=90 * 86400.0, ge=0)
+    journal_keep: float = field(default=4 * 3600.0, metadata={"ge": 0})
+    minutes_keep: float = field(default=2 * 86400.0, metadata={"ge": 0})
+    hours_keep: float = field(default=90 * 86400.0, metadata={"ge": 0})
     # What machines of ours run on (`image verify`): `auto` is KVM where this host has it, else emulation.
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     # A journal that lets a guest's write wait for longer is killed.
-    journal_stall: float = Field(default=0.25, ge=0.05, le=10)
+    journal_stall: float = field(default=0.25, metadata={"ge": 0.05, "le": 10})
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +171,16 @@ def load_settings(home: Home, main: Path = DEFAULT_SETTINGS) -> Settings:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(reason=f"cannot read {path}: {error}") from error
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
         raise ConfigError(reason=f"cannot read {path}: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(reason=f"{path} is not a list of settings")
@@ -186,9 +189,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _validated(values: dict[str, Any], origin: str) -> Settings:
+    if not values:
+        return Settings()
+    # Here, and not at the head: importing it takes a quarter of the time in which a verb begins, and each of our
+    # processes reads the settings, while few homes have any.
+    from pydantic import ConfigDict, Field, ValidationError, create_model
+
+    hints = get_type_hints(Settings)
+    known: Any = {one.name: (hints[one.name], Field(default=one.default, **one.metadata)) for one in fields(Settings)}
     try:
-        return Settings(**values)
+        checked = create_model("Settings", __config__=ConfigDict(extra="forbid"), **known)(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ConfigError(reason=f"{origin}: setting {name!r}: {first['msg']}") from error
+    return Settings(**checked.model_dump())

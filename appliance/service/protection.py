@@ -232,7 +232,7 @@ def point(
         if reason == "baseline" and domain.state() is DomainState.SHUTOFF:
             # It has waited too long: nothing counts from it any more, and its write lock is in the way of a start.
             raise DomainBusy(domain=record.domain, reason="it was shut off before the capture had its first point")
-        settings = session.settings if rate is None else session.settings.model_copy(update={"rate_limit": rate})
+        settings = session.settings if rate is None else replace(session.settings, rate_limit=rate)
         with session.claim(domain, f"point {record.domain}", wait):
             taken = epoch.take(
                 domain, session.spec, session.home, settings, protection.require(session.home, record.uuid, name),

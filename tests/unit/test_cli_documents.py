@@ -21,6 +21,7 @@ from appliance.cli.command import Verb
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (files("appliance.cli") / "JSON.md").read_text()
+LOADED = [getattr(records, name) for name in records.__all__]
 RECORDS = {kind.type: kind for kind in records.Record.__subclasses__()}
 
 
