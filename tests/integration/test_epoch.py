@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -67,7 +68,7 @@ def scatter(guest, count, seed):
 
 
 def limit(world, rate):
-    world.settings = world.settings.model_copy(update={"rate_limit": rate})
+    world.settings = replace(world.settings, rate_limit=rate)
 
 
 def unharmed(guest):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from appliance.errors import DomainLost, HypervisorError, PushFailed
@@ -26,7 +28,7 @@ def world(libvirt_images, tmp_path):
             world.point()
             guest.ask("start 30")
             guest.ask(f"scatter vda 60 1 {16 * MiB} {60 * MiB}")
-            world.settings = world.settings.model_copy(update={"rate_limit": 4 * MiB})
+            world.settings = replace(world.settings, rate_limit=4 * MiB)
             yield world
 
 

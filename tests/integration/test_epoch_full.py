@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -39,7 +40,7 @@ def scatter(guest, seed, count=200):
 
 
 def set_to(world, **settings):
-    world.settings = world.settings.model_copy(update=settings)
+    world.settings = replace(world.settings, **settings)
 
 
 def exact(world, guest, point):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -169,7 +170,7 @@ class Scene:
         usual = self.world.settings
         if fault == self.scratch_full:
             self.write_again()  # what is dirty is what will be overwritten
-            self.world.settings = usual.model_copy(update={"scratch_limit": MiB})
+            self.world.settings = replace(usual, scratch_limit=MiB)
         try:
             self.world.point(progress=Once(fault))
         except RewindError as error:
