@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from images.guest.texts import lines
-from images.guest.volumes import Volume, partition_name
+from images.guest.volumes import Volume, opened_name, partition_name
 from images.model import Mount
 
 __all__ = ["Names", "parse_crypttab", "parse_fstab"]
@@ -38,10 +38,12 @@ def parse_crypttab(content: str) -> tuple[str, ...]:
 
 
 class Names:
-    """Which volume a specification means. `disks` are the targets in the order of their letters."""
+    """Which volume a specification means. `crypttab` are its lines: what they call the volumes in opened containers.
+    Disks are in the order of their letters."""
 
-    def __init__(self, volumes: Sequence[Volume]) -> None:
+    def __init__(self, volumes: Sequence[Volume], crypttab: Sequence[str] = ()) -> None:
         self._volumes = volumes
+        self._sealed = {words[0]: words[1] for words in map(str.split, crypttab) if len(words) > 1}
         self._disks = sorted({disk for volume in volumes for disk in volume.disks}, key=lambda name: (len(name), name))
         self.by_number: list[str] = []
 
@@ -54,8 +56,14 @@ class Names:
         if spec.startswith("/dev/disk/") and len(parts) == 5 and parts[3] in _BY:
             return self._tagged(_BY[parts[3]], parts[4].replace("\\x20", " "))
         if spec.startswith("/dev/mapper/"):
-            return self._named(mapped_name(parts[-1]))
+            return self._opened(parts[-1]) or self._named(mapped_name(parts[-1]))
         return self._named(spec.removeprefix("/dev/")) or self._numbered(spec)
+
+    def _opened(self, name: str) -> Volume | None:
+        spec = self._sealed.get(name, "")
+        # A container in one that only has a name itself is found by its UUID, as Debian writes it.
+        container = self.find(spec.replace('"', "")) if spec and not spec.startswith("/dev/mapper/") else None
+        return self._named(opened_name(container.name)) if container else None
 
     def _tagged(self, tag: str, value: str) -> Volume | None:
         # A UUID of FAT is written in either case.

@@ -97,7 +97,8 @@ def _why_no_root(roots: list[Volume], volumes: Sequence[Volume], reasons: list[s
 def _mount_all(tree: Mountable, root: Volume, volumes: Sequence[Volume], reasons: list[str]) -> System:
     tree.mount(root.name, "/")
     fstab = parse_fstab(text(tree, "/etc/fstab"))
-    names, mounts, warnings = Names(volumes), {"/": root}, list(reasons)
+    names = Names(volumes, parse_crypttab(text(tree, "/etc/crypttab")))
+    mounts, warnings = {"/": root}, list(reasons)
     for line in sorted(fstab, key=lambda one: one.where):
         where = line.where.rstrip("/") or "/"
         if where in _NEEDED and line.fs not in ("tmpfs", "none", "nfs", "nfs4", "overlay"):
@@ -167,7 +168,9 @@ def client_of(tree: Tree, system: System, volumes: Sequence[Volume]) -> Client:
         initrd=boot.initrd,
         modules=_modules(tree, release),
         command_line=_command_line(boot),
-        root=replace(_root(boot, system, volumes, warnings), containers=containers(crypttab, early, volumes)),
+        root=replace(
+            _root(boot, system, Names(volumes, crypttab), warnings), containers=containers(crypttab, early, volumes)
+        ),
         generator=_generator(tree),
         firmware=firmware,
         fstab=system.fstab,
@@ -217,11 +220,11 @@ def _command_line(boot: Boot) -> str:
     return " ".join(word for word in words_of(line) if not word.startswith(("BOOT_IMAGE=", "initrd=")))
 
 
-def _root(boot: Boot, system: System, volumes: Sequence[Volume], warnings: list[str]) -> Root:
+def _root(boot: Boot, system: System, names: Names, warnings: list[str]) -> Root:
     words = dict(word.partition("=")[::2] for word in words_of(boot.command_line))
     in_fstab = next((line for line in system.fstab if line.where == "/"), None)
     spec = words.get("root") or (in_fstab.spec if in_fstab else "")
-    names, volume = Names(volumes), system.root
+    volume = system.root
     meant = names.find(spec) if spec else None
     if meant and meant.uuid != volume.uuid:
         reason = f"the boot loader's root is {spec}, on {meant.name}, and a system is on {volume.name}"

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from images.guest.fstab import Names
-from images.guest.volumes import Volume
+from images.guest.volumes import Volume, opened_name
 from images.model import Layer
 
-__all__ = ["containers"]
+__all__ = ["containers", "locked"]
 
 # Names of what is opened, and UUIDs of headers, which can be any text: only these are told. No colon is in either.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._@=-]{0,126}")
@@ -35,11 +35,17 @@ def containers(
     return tuple(named[name] for name in below) if below.keys() <= named.keys() else ()
 
 
+def locked(volumes: Sequence[Volume]) -> tuple[Volume, ...]:
+    """Containers that are closed."""
+    inside = {one.name for one in volumes}
+    return tuple(one for one in volumes if one.fs == "crypto_LUKS" and opened_name(one.name) not in inside)
+
+
 def _below(top: Volume, volumes: Sequence[Volume]) -> Iterator[Volume]:
     """Of two groups of LVM in containers on the same disk, both are taken for below."""
     inside = {one.name: one for one in volumes}
     for one in volumes if Layer.LUKS in top.layers else ():
-        opened = inside.get(f"luks-{one.name}".replace("/", "-")) if one.fs == "crypto_LUKS" else None
+        opened = inside.get(opened_name(one.name)) if one.fs == "crypto_LUKS" else None
         if opened and (_same(opened, top) or _carries(opened, top)):
             yield one
 

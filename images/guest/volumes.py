@@ -22,7 +22,7 @@ from images.guest.lvm import logical_volumes
 from images.guest.signature import Signature, recognise
 from images.model import Layer
 
-__all__ = ["Found", "Volume", "find_volumes", "open_files", "partition_name"]
+__all__ = ["Found", "Volume", "find_volumes", "open_files", "opened_name", "partition_name"]
 
 _READERS: dict[str, Callable[[Blocks], FileSystem]] = {
     "ext2": open_ext4, "ext3": open_ext4, "ext4": open_ext4, "vfat": Fat,
@@ -84,6 +84,11 @@ def open_files(found: Found) -> FileSystem:
 def partition_name(disk: str, number: int) -> str:
     """As Linux does it: `vda1`, `nvme0n1p1`."""
     return f"{disk}{'p' if disk[-1:].isdigit() else ''}{number}"
+
+
+def opened_name(container: str) -> str:
+    """What readers call the volume in an opened container of LUKS."""
+    return f"luks-{container}".replace("/", "-")
 
 
 def _on_disk(name: str, disk: Blocks) -> Iterator[Found]:

@@ -16,6 +16,7 @@ from images.guest.inspect import System, client_of
 from images.guest.journal import open_ext4
 from images.guest.kernel import is_signed, release_of
 from images.guest.network import interfaces
+from images.guest.sealed import locked
 from images.guest.volumes import Volume
 from images.model import Firmware, Generator, Layer, Mount
 from tests.support.guestdisk import DEBIAN, Link, bzimage, debian, ext4, image_of, partitioned, write_tree
@@ -373,6 +374,19 @@ def test_which_volume_a_name_means(spec, name):
 
 def test_names_of_device_mapper():
     assert [mapped_name(name) for name in ("a-b", "a--b-c", "luks", "a-b--c")] == ["a/b", "a-b/c", "luks", "a/b-c"]
+
+
+@pytest.mark.parametrize("line", ["root_crypt UUID=AA-1 none luks", "root_crypt /dev/sda2", 'root_crypt "UUID=aa-1"'])
+def test_names_that_crypttab_gives(line):
+    """What is in a container is called by crypttab's name for it, wherever a name is looked up."""
+    names = Names(SEALED["partition"], (line, "other UUID=none none", "odd"))
+    assert names.find("/dev/mapper/root_crypt").name == "luks-vda2"
+    for spec in ("/dev/mapper/other", "/dev/mapper/odd", "/dev/mapper/none"):
+        assert names.find(spec) is None
+
+
+def test_containers_that_are_closed():
+    assert [one.name for one in locked((*DATA, *SEALED["container on a volume"]))] == ["vda3"]
 
 
 def test_fstab_and_crypttab():
