@@ -8,8 +8,9 @@
 
 What can be refused is refused before anything is written. The folder appears whole or not at all.
 
-An image may hold what the client's initrd holds, which can be the key of its disks. Only the user who built it can read
-it: files are 0600, and folders 0711, so that whoever starts a machine from a file can hand that one over to the
+No key of an encrypted disk is in an image. Our own init asks for the passphrase; where the client's initrd has to stay
+in use and may hold a key, nothing is built. For all else that such an initrd holds only the user who built an image can
+read it: files are 0600, and folders 0711, so that whoever starts a machine from a file can hand that one over to the
 machine's user (by its owner or an ACL) and it is reached.
 """
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import ImageError, NotSigned, TargetExists
+from images.drivers.needs import keys_in_initrd
 from images.drivers.plan import refuse_if_missing
 from images.media.base import Medium, Parts, SignedChain, check_command_line, medium
 from images.media.pe import is_signed
@@ -117,6 +119,12 @@ def build_image(
 
 def _refuse_first(plan: Plan, media: Sequence[str], folder: Path) -> list[Medium]:
     refuse_if_missing(plan)
+    if plan.mode == "append" and (keys := keys_in_initrd(plan.client)):
+        raise ImageError(
+            reason=f"the own initrd of {plan.client.host!r} has to stay in use and may hold the key {keys[0]}, and an"
+            " image must not hold one",
+            hint="`rewind restore` makes whole disks, which keep their key where it is",
+        )
     if folder.exists():
         raise TargetExists(path=folder)
     if not media:

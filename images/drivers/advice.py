@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from images.drivers.needs import sealed_keys
+from images.drivers.needs import keys_in_initrd, mode_of, sealed_keys
 from images.drivers.settle import consoles, disk_names, found_on_disks, unstable_name
 from images.drivers.tables import Module
 from images.model import Client, Firmware, Inventory, Layer, Mount
@@ -56,6 +56,8 @@ def _keys(client: Client, inventory: Inventory) -> Iterator[str]:
             yield f"crypttab seals a key to the TPM of the old machine, and {where}: another key is needed"
         else:
             yield f"crypttab gets a key by {word}: it must be in reach of the target"
+    for path in keys_in_initrd(client) if mode_of(client)[0] == "append" else ():
+        yield f"the client's own initrd would be in the image, and may hold the key {path}: such an image is not built"
     if Layer.LUKS in client.root.layers and not sealed_keys(client):
         yield "the root is encrypted: its passphrase is asked for on the console of the target"
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from images.model import Client, Layer, Role
+from images.words import words_of
 
-__all__ = ["Need", "mode_of", "needs_of", "sealed_keys"]
+__all__ = ["Need", "keys_in_initrd", "mode_of", "needs_of", "sealed_keys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,19 @@ def mode_of(client: Client) -> tuple[Literal["template", "append"], str]:
     if root.fs == "btrfs" and len(root.disks) > 1:
         return "append", "the root is one btrfs on several disks, which the client's own initrd finds"
     return "template", ""
+
+
+def keys_in_initrd(client: Client) -> tuple[str, ...]:
+    """Files with keys of the encrypted root that the client's own initrd may hold, as crypttab and the command line
+    name them. A key that is a person's, a device's or a TPM's is not there."""
+    if Layer.LUKS not in client.root.layers:
+        return ()
+    words = (line.split() for line in client.crypttab)
+    named = [one[2] for one in words if len(one) > 2]
+    named += [word.partition("=")[2].split(":")[0] for word in words_of(client.command_line)
+              if word.startswith(("rd.luks.key=", "luks.key=", "cryptkey="))]  # fmt: skip
+    named = [one.rpartition("=")[2] for one in named]  # UUID=/path
+    return tuple(dict.fromkeys(one for one in named if one.startswith("/") and not one.startswith("/dev/")))
 
 
 def sealed_keys(client: Client) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from appliance.errors import DriversMissing
+from images.drivers.needs import keys_in_initrd
 from images.drivers.plan import Options, make_plan, refuse_if_missing
 from images.drivers.tables import parse
 from images.model import Client, Device, Firmware, Generator, Inventory, Layer, Mount, Nic, Role, Root, Verdict
@@ -238,6 +239,24 @@ def test_keys_sealed_to_the_old_machine_are_told():
     assert warned(plan(target(tpm=True), crypttab=line), "the target has another TPM")
     assert warned(plan(crypttab=("root UUID=1 none clevis",)), "gets a key by clevis")
     assert warned(plan(root=replace(ROOT, layers=(Layer.LUKS,))), "its passphrase is asked for")
+
+
+@pytest.mark.parametrize(("crypttab", "line", "keys"), [
+    (("root UUID=1 /etc/keys/root.key luks,keyscript=/bin/cat",), "", ("/etc/keys/root.key",)),
+    ((), "root=/dev/mapper/x rd.luks.key=UUID=1=/keys/root.key:UUID=2", ("/keys/root.key",)),
+    ((), "root=/dev/mapper/x rd.luks.key=/root.key", ("/root.key",)),
+    (("root UUID=1 none luks,tpm2-device=auto",), "", ()), (("root UUID=1 /dev/urandom luks,_netdev",), "", ()),
+    (("root UUID=1",), "", ()),
+])  # fmt: skip
+def test_keys_that_the_own_initrd_may_hold(crypttab, line, keys):
+    """I7: they would be in the image."""
+    root = replace(ROOT, layers=(Layer.PARTITION, Layer.LUKS))
+    one = plan(root=root, crypttab=crypttab, **({"command_line": line} if line else {}))
+    assert keys_in_initrd(one.client) == keys
+    for path in keys:
+        assert one.mode == "append"
+        assert warned(one, f"may hold the key {path}: such an image is not built")
+    assert keys_in_initrd(replace(one.client, root=ROOT)) == ()
 
 
 @pytest.mark.parametrize(

@@ -359,11 +359,21 @@ def test_build_is_reproducible_and_tells_all(template, client, plan, tmp_path):
     assert one.files["vmlinuz"].read_bytes() == client.tree().read(plan.client.kernel, 1 << 27)
 
 
+def test_an_initrd_that_may_hold_a_key_is_put_into_no_image(template, client, plan, tmp_path):
+    """I7: in append mode the initrd is the client's, with the key files that are in it."""
+    root = replace(plan.client.root, layers=(Layer.PARTITION, Layer.LUKS))
+    client_ = replace(plan.client, root=root, crypttab=("r UUID=1 /etc/keys/r.key luks,keyscript=/x",))
+    with pytest.raises(ImageError, match=r"may hold the key /etc/keys/r.key, and an image must not hold one"):
+        build_image(replace(plan, mode="append", client=client_), client.tree(), template, media=["uki"],
+                    folder=tmp_path / "x")  # fmt: skip
+    assert _refused(tmp_path)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("mask", [0o000, 0o077])
 def test_an_image_is_read_by_who_made_it_alone(mask, template, client, plan, tmp_path):
-    """I7: in append mode the initrd is the client's, with whatever key is in it. Whoever gets one file of the image
-    handed over can pass through the folder."""
+    """I7: in append mode the initrd is the client's, with whatever is in it. Whoever gets one file of the image handed
+    over can pass through the folder."""
     initrd = {"mode": "append", "client": replace(plan.client, initrd="/etc/hostname")}
     before = os.umask(mask)
     try:
