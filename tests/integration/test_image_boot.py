@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import shutil
-import socket
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from images.model import Firmware, Layer, Mount
 from images.template.settings import Settings
 from tests.support import imagekit
 from tests.support.limits import limit
+from tests.support.typist import answering, console_arguments
 
 _OVMF = Path("/usr/share/OVMF")
 _NIC = ["-netdev", "user,id=net,restrict=on", "-device", f"e1000e,netdev=net,mac={imagekit.MAC}"]
@@ -43,8 +41,7 @@ class Machine:
         self.proof_file, self.console_file = folder / "proof.log", folder / "console.log"
         command = ["qemu-system-x86_64", "-accel", "tcg", "-machine", f"q35,smm={smm}", "-cpu", "max", "-m", "512"]
         command += ["-nodefaults", "-display", "none", "-no-reboot"]
-        line = f"socket,id=console,path={folder}/console,server=on,wait=off,logfile={self.console_file}"
-        command += ["-chardev", line, "-serial", "chardev:console", "-serial", f"file:{self.proof_file}"]
+        command += [*console_arguments(folder / "console", self.console_file), "-serial", f"file:{self.proof_file}"]
         if uefi:
             variables = shutil.copy(_OVMF / f"OVMF_VARS_4M{uefi}", folder / "vars.fd")
             command += ["-drive", f"if=pflash,format=raw,readonly=on,file={_OVMF / f'OVMF_CODE_4M{uefi}'}"]
@@ -65,30 +62,6 @@ class Machine:
         assert "run: /run/systemd/network/10-rewind-lan7.link" in self.proof
         assert re.search(r"root: /dev/\S+ / ext4 ro", self.proof)
         assert "pid: 1\n" in self.proof
-
-
-@contextlib.contextmanager
-def answering(console: Path, log: Path, question: str, answer: str):
-    """Somebody at the console who types `answer` once, when the machine has asked."""
-    over = threading.Event()
-
-    def sit() -> None:
-        while not over.wait(0.2):
-            if log.exists() and question in log.read_text(errors="replace"):
-                with socket.socket(socket.AF_UNIX) as line:
-                    line.connect(str(console))
-                    line.sendall(answer.encode())
-                    over.wait()
-
-    person = threading.Thread(target=sit)
-    if question:
-        person.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if question:
-            person.join()
 
 
 def attached(file: Path, *device: str) -> list[str]:

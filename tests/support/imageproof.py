@@ -21,6 +21,7 @@ from typing import Any
 from tests.guests.clients import ORIGINS, ClientFiles, Instant
 from tests.support.limits import limit
 from tests.support.targets import Medium, Target
+from tests.support.typist import answering, console_arguments
 
 __all__ = ["Proof", "arguments", "boot", "compare", "expected", "watch"]
 
@@ -54,14 +55,19 @@ class Proof:
         return f"{self.target}: {self.ended} after {self.seconds:.1f} s; console:\n{self.console[-3000:]}{self.qemu}"
 
 
-def arguments(target: Target, disk: Path, medium: Medium | None, folder: Path, extra: Iterable[str] = ()) -> list[str]:
-    """The whole command line of QEMU. `folder` gets console.log, proof.log and the variables of a UEFI."""
+def arguments(
+    target: Target, disk: Path, medium: Medium | None, folder: Path, extra: Iterable[str] = (), answered: bool = False
+) -> list[str]:
+    """The whole command line of QEMU. `folder` gets console.log, proof.log and the variables of a UEFI; a socket
+    `console`, too, where it is `answered`."""
+    console, log = folder / "console", folder / "console.log"
     # The medium comes last: a stick has a SCSI bus inside, which would take the name of the disk's.
     # fmt: off
     return [
         "qemu-system-x86_64", "-name", target.name, *target.hardware(folder), "-m", str(MEMORY_MIB), "-smp", "2",
         "-no-reboot", *target.disk_args(disk), *target.nic_args(medium), *target.boot_args(medium),
-        "-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'proof.log'}", *extra,
+        *(console_arguments(console, log) if answered else ("-serial", f"file:{log}")),
+        "-serial", f"file:{folder / 'proof.log'}", *extra,
     ]
     # fmt: on
 
@@ -76,20 +82,23 @@ def boot(
     until: str = "",
     power_off: bool = False,
     extra: Iterable[str] = (),
+    answer: tuple[str, str] = ("", ""),
 ) -> Proof:
     """Boot until the proof is there, or `seconds` (of a quiet machine) are over, or the console shows `until`, a
     regular expression that ends the waiting for nothing; then QEMU is killed, however this function is left.
 
     `disk` is written to: give it an overlay. `folder` must exist, and be of this boot alone. With `power_off` the
     machine may first go off by itself, so that nothing is lost that it wrote; the client does that when its command
-    line has `proof.poweroff`. A reset ends QEMU: no kernel gets a second try.
+    line has `proof.poweroff`. A reset ends QEMU: no kernel gets a second try. `answer` is a question on the console and
+    what is typed then.
     """
     begun = time.monotonic()
     with (folder / "qemu.log").open("wb") as log:
-        command = arguments(target, disk, medium, folder, extra)
+        command = arguments(target, disk, medium, folder, extra, answered=any(answer))
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        ended = _wait(process, folder, begun + limit(seconds), until)
+        with answering(folder / "console", folder / "console.log", *answer):
+            ended = _wait(process, folder, begun + limit(seconds), until)
         taken = time.monotonic() - begun
         if power_off and ended == "proof":
             process.wait(limit(60))

@@ -3,6 +3,7 @@
     with Imagery(folder, clients.build("mbr")) as imagery:
         built = imagery.build(TARGETS["nvme-vmxnet3-uefi"], "first", "esp")
         disk = imagery.disk("first", path)      an overlay whose backing file is the point, served by a view
+        disks = imagery.disks("first", folder)  one for each of its disks
 
 The client is a domain of libvirt that is shut off: its points are taken as any other's.
 """
@@ -50,9 +51,10 @@ class Imagery:
 
     def __init__(self, images: Path, client: ClientFiles) -> None:
         self.client, self.images = client, images
-        self.name = f"client-{client.name}"
+        self._label = getattr(client, "kind", client.name)
+        self.name = f"client-{self._label}"
         # Always the same, since a home says where its repository is; in the private world nobody else has it.
-        self.home = Path(tempfile.gettempdir()) / f"imagery-{client.name}"
+        self.home = Path(tempfile.gettempdir()) / f"imagery-{self._label}"
         self.points: dict[str, str] = {}
         self._uri = ""
         self._stack = contextlib.ExitStack()
@@ -60,12 +62,12 @@ class Imagery:
     def __enter__(self) -> Imagery:
         self._uri = libvirt.start()
         digest = hashlib.sha256(f"1 {self.client.folder.name}".encode()).hexdigest()[:12]
-        kept = packages.cached(f"imagery-{self.client.name}-{digest}", self._make)
+        kept = packages.cached(f"imagery-{self._label}-{digest}", self._make)
         subprocess.run(["cp", "-a", kept / "home", self.home], check=True)
         self.points = json.loads((kept / "points.json").read_text())
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, self.home)
-            self._define(self.images / f"{self.name}.qcow2")
+            self._define()
             stack.callback(libvirt.virsh, "undefine", self.name)
             for name in ("cache", "run", "log"):
                 (self.home / name).mkdir(exist_ok=True)
@@ -78,15 +80,15 @@ class Imagery:
 
     def _make(self, folder: Path) -> None:
         """The home and its points, by the program itself, of a domain that is shut off."""
-        disk, points = self.images / f"{self.name}.qcow2", {}
+        points = {}
         self.home.mkdir()
         try:
-            self._put(disk, "first")
-            self._define(disk)
+            self._put("first")
+            self._define()
             self.rewind("init", "--repository", self.home / "repo")
             self.rewind("protect", self.name)
-            for instant in ("first", "second"):
-                self._put(disk, instant)
+            for instant in self.client.expected:
+                self._put(instant)
                 (point,) = [one for one in self.rewind("point", self.name) if one["type"] == "point"]
                 points[instant] = point["id"]
             libvirt.virsh("undefine", self.name)
@@ -95,32 +97,47 @@ class Imagery:
             subprocess.run(["cp", "-a", self.home, folder / "home"], check=True)
             (folder / "points.json").write_text(json.dumps(points))
         finally:
-            disk.unlink(missing_ok=True)
+            for disk in self._places("first"):
+                disk.unlink(missing_ok=True)
             shutil.rmtree(self.home)
 
-    def _define(self, disk: Path) -> None:
+    def _sources(self, instant: str) -> tuple[Path, ...]:
+        """A client of `tests.guests.roots` may have more than one."""
+        several = getattr(self.client, "disks", None)
+        return several(instant) if several else (self.client.disk(instant),)
+
+    def _places(self, instant: str) -> list[Path]:
+        return [self.images / f"{self.name}{number or ''}.qcow2" for number, _ in enumerate(self._sources(instant))]
+
+    def _define(self) -> None:
         origin = ORIGINS[self.client.name]
         model = "e1000" if "e1000" in origin.nic else "virtio"
         machine = {"pc": "pc", "q35": "q35"}[origin.machine]
-        libvirt.virsh("define", self._xml(disk, machine, model, origin.mac))
+        libvirt.virsh("define", self._xml(self._places("first"), machine, model, origin.mac))
 
-    def _xml(self, disk: Path, machine: str, model: str, mac: str) -> Path:
+    def _xml(self, places: list[Path], machine: str, model: str, mac: str) -> Path:
+        first = _DISK[self.client.name]
+        disks = "".join(
+            f'<disk type="file" device="disk"><driver name="qemu" type="qcow2"/><source file="{path}"/>'
+            f"{first.replace('vda', f'vd{letter}')}</disk>"
+            for path, letter in zip(places, "ab", strict=False)
+        )
         text = f"""<domain type="qemu"><name>{self.name}</name><memory unit="MiB">768</memory>
         <os><type arch="x86_64" machine="{machine}">hvm</type></os><devices>
         {_CONTROLLERS[self.client.name]}
-        <disk type="file" device="disk"><driver name="qemu" type="qcow2"/><source file="{disk}"/>
-        {_DISK[self.client.name]}</disk>
+        {disks}
         <interface type="user"><mac address="{mac}"/><model type="{model}"/></interface>
         <serial type="pty"/></devices></domain>"""
         path = self.home / "client.xml"
         path.write_text(text)
         return path
 
-    def _put(self, disk: Path, instant: str) -> None:
-        """The disk in that state, as a whole new image: what a restore from elsewhere looks like."""
-        disk.unlink(missing_ok=True)
-        subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.client.disk(instant), disk], check=True)
-        os.chmod(disk, 0o666)
+    def _put(self, instant: str) -> None:
+        """The disks in that state, as whole new images: what a restore from elsewhere looks like."""
+        for disk, source in zip(self._places(instant), self._sources(instant), strict=True):
+            disk.unlink(missing_ok=True)
+            subprocess.run(["qemu-img", "convert", "-O", "qcow2", source, disk], check=True)
+            os.chmod(disk, 0o666)
 
     def _keep_template(self) -> None:
         from appliance.service.image.shelf import Shelf
@@ -147,11 +164,11 @@ class Imagery:
     def session(self) -> Session:
         return Session(Home(self.home), self._uri)
 
-    def add_target(self, target: Target) -> None:
-        """As QEMU's command line, with the disk where the restored one will be."""
+    def add_target(self, target: Target, *more: str) -> None:
+        """As QEMU's command line, with the disk where the restored one will be; `more` words of it."""
         with tempfile.NamedTemporaryFile("w", suffix=".cmd") as file, tempfile.TemporaryDirectory() as scratch:
             words = ["qemu-system-x86_64", *target.hardware(Path(scratch)), "-m", "768"]
-            words += [*target.disk_args(Path("/dev/null")), *target.nic_args(), "-serial", "null"]
+            words += [*target.disk_args(Path("/dev/null")), *target.nic_args(), "-serial", "null", *more]
             file.write(shlex.join(str(word) for word in words))
             file.flush()
             self.rewind("image", "target", "add", target.name, "--qemu", file.name, "--replace")
@@ -160,10 +177,21 @@ class Imagery:
         (line,) = self.rewind("image", "plan", self.name, "--at", self.points[instant], "--target", target.name)
         return line
 
-    def build(self, target: Target, instant: str, media: str, folder: Path) -> dict[str, Any]:
+    def build(self, target: Target, instant: str, media: str, folder: Path, *more: str) -> dict[str, Any]:
         words = ("image", "build", self.name, "--at", self.points[instant], "--target", target.name)
-        (line,) = self.rewind(*words, "--media", media, "--into", folder)
+        (line,) = self.rewind(*words, "--media", media, "--into", folder, *more)
         return line
+
+    @contextlib.contextmanager
+    def disks(self, instant: str, folder: Path):
+        """As `disk`, for all of them: a new overlay in `folder` for each, in their order."""
+        with self.session() as session, export(session, self.name, self.points[instant]) as served:
+            paths = []
+            for one in served.disks:
+                paths.append(folder / f"{one.disk}.qcow2")
+                words = ["-b", one.uri, "-F", "raw", paths[-1], str(one.size)]
+                subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *words], check=True)
+            yield paths
 
     @contextlib.contextmanager
     def disk(self, instant: str, path: Path):
