@@ -3,7 +3,7 @@
     HOME (default /var/lib/rewind)
       instance.json         repository URL, key file, id of this instance: written by `rewind init`
       key                   the key file that `init` made (mode 0600), unless another place was named
-      cache/                catalogue and chunk index; deleting it costs time, never data
+      cache/                catalogue, chunk index, what images are made with; deleting it costs time, never data
       domains/UUID.json     one protection record for each protected domain
       run/UUID/             sockets, scratch files and results of what is running now (mode 0711: QEMU passes through)
       spool/UUID/           the newest part of the journal of a domain that is captured continuously
@@ -70,7 +70,8 @@ class Settings:
     journal_keep: float = field(default=4 * 3600.0, metadata={"ge": 0})
     minutes_keep: float = field(default=2 * 86400.0, metadata={"ge": 0})
     hours_keep: float = field(default=90 * 86400.0, metadata={"ge": 0})
-    # What machines of ours run on (`image verify`): `auto` is KVM where this host has it, else emulation.
+    # What machines of ours run on (`image verify`, the reader of guests): `auto` is KVM where this host has it, else
+    # emulation.
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     # A journal that lets a guest's write wait for longer is killed.
     journal_stall: float = field(default=0.25, metadata={"ge": 0.05, "le": 10})

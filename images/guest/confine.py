@@ -36,9 +36,9 @@ from typing import Any
 from appliance.errors import GuestUnreadable, ToolFailed
 from appliance.process import Child
 
-__all__ = ["Cage", "Limits", "Seccomp", "enter", "start", "user"]
+__all__ = ["NOBODY", "Cage", "Limits", "Seccomp", "enter", "start", "user"]
 
-_NOBODY = 65534
+NOBODY = 65534
 _CLONE = {"NS": 0x20000, "CGROUP": 0x2000000, "UTS": 0x4000000, "IPC": 0x8000000, "USER": 0x10000000,
           "PID": 0x20000000, "NET": 0x40000000}  # fmt: skip
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
@@ -88,28 +88,39 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Cage:
     """`see` maps paths inside to what is there of the host, read-only: folders, files, sockets and devices. `links` are
-    symbolic links to make. `scratch`: a folder /tmp in memory of so many bytes, 0: none."""
+    symbolic links to make. `scratch`: a folder /tmp in memory of so many bytes, 0: none. `group` is that outside, None:
+    nobody's. `secret`: /tmp is never in swap; its size then has no bound but that of one file."""
 
     limits: Limits = field(default_factory=Limits)
     seccomp: Seccomp = Seccomp.READER
     see: Mapping[str, str] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     scratch: int = 0
+    group: int | None = None
+    secret: bool = False
 
 
 # --- the parent's part ----------------------------------------------------------------------------------------------
 
 
-def user() -> tuple[int, int]:
-    """(uid, gid) that a process inside has outside: nobody's, or ours when we are not root."""
-    return os.getuid() or _NOBODY, os.getgid() or _NOBODY
+def user(group: int | None = None) -> tuple[int, int]:
+    """(uid, gid) that a process inside has outside: nobody's, or ours when we are not root. Root may choose a group."""
+    if os.getuid():
+        return os.getuid(), os.getgid()
+    return NOBODY, NOBODY if group is None else group
 
 
 def start(
-    program: Sequence[str], *, name: str, log: Path | None = None, pass_fds: Sequence[int] = ()
+    program: Sequence[str],
+    *,
+    name: str,
+    log: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    group: int | None = None,
 ) -> tuple[Child, socket.socket]:
     """Start a program that calls `enter` with the descriptor that is its last argument; it is inside when this
-    returns. It gets nothing of our environment. It ends when the socket is closed, and dies with us.
+    returns. It gets nothing of our environment. It ends when the socket is closed, and dies with us. `group` as in the
+    Cage that the program goes into.
 
     Raises ToolFailed, or GuestUnreadable with its last words when it did not get in; nothing runs then.
     """
@@ -127,7 +138,7 @@ def start(
         theirs.close()
     try:
         ours.settimeout(60)
-        _let_in(child, ours)
+        _let_in(child, ours, group)
     except BaseException as error:  # also Ctrl-C
         child.kill()
         ours.close()
@@ -138,10 +149,10 @@ def start(
     return child, ours
 
 
-def _let_in(child: Child, ours: socket.socket) -> None:
+def _let_in(child: Child, ours: socket.socket, chosen: int | None) -> None:
     """It has left our namespaces (U), gets its user (M), and tells when all walls stand (I)."""
     _expect(ours, b"U")
-    uid, group = user()
+    uid, group = user(chosen)
     Path(f"/proc/{child.pid}/setgroups").write_text("deny")
     Path(f"/proc/{child.pid}/uid_map").write_text(f"{uid} {uid} 1")
     Path(f"/proc/{child.pid}/gid_map").write_text(f"{group} {group} 1")
@@ -164,7 +175,7 @@ def enter(ours: socket.socket, cage: Cage) -> None:
     """Go in, in a fork of this process. Import everything before: there are no files inside. This process has one
     thread, and waits outside for the end of the fork. Raises OSError where a wall cannot be built."""
     seccomp_library = _import_seccomp() if cage.seccomp is not Seccomp.NONE else None
-    uid, group = user()
+    uid, group = user(cage.group)
     if os.getuid() == 0:
         os.setgroups([])
     _call("unshare", sum(_CLONE.values()))
@@ -206,7 +217,9 @@ def _new_root(cage: Cage, opened: Mapping[str, int]) -> None:
         os.symlink(target, "/tmp" + inside)
     if cage.scratch:
         os.makedirs("/tmp/tmp")
-        _mount("tmpfs", "/tmp/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"size={cage.scratch},mode=700")
+        # A tmpfs may go to swap, and in a user namespace it cannot be told not to; a ramfs never does.
+        kind, size = ("ramfs", "") if cage.secret else ("tmpfs", f"size={cage.scratch},")
+        _mount(kind, "/tmp/tmp", kind, _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"{size}mode=700")
     os.chdir("/tmp")
     _check(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
     _call("umount2", b".", _MNT_DETACH)  # the host's, which lies on top

@@ -1,9 +1,13 @@
 """The confined child that reads what `child` does not know, by libguestfs: xfs, btrfs, LUKS, md, every kind of LVM.
 
-Started as `python -m images.guest.general_child DISKS KEYS DESCRIPTOR`: a JSON object of names, exports and sockets,
-and the descriptor of a pipe with the keys. libguestfs starts a small virtual machine of its own in the cage (emulated:
-there is no /dev/kvm in it), whose kernel mounts the file systems; the disks are NBD sockets that cannot be written.
-Answers are those of `child.Reader`, so the parent cannot tell the two apart.
+Started as `python -m images.guest.general_child ORDER KEYS DESCRIPTOR`: an `Order` as JSON, and the descriptor of a
+pipe with the keys. libguestfs starts a small virtual machine of its own in the cage, whose kernel mounts the file
+systems; the disks are NBD sockets that cannot be written. It is emulated unless the order has KVM: libguestfs looks for
+/dev/kvm whatever it is told, and there is none in the cage then. Answers are those of `child.Reader`, so the parent
+cannot tell the two apart.
+
+A key that was given and the master key that it opens are in the memory of this process and of the virtual machine. On
+a host with swap both are locked (`appliance.secrecy`), or nothing is opened; the keys come only when that is done.
 
 libguestfs' binding is Debian's python3-guestfs, imported here alone.
 """
@@ -11,7 +15,6 @@ libguestfs' binding is Debian's python3-guestfs, imported here alone.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 import stat
@@ -21,16 +24,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import guestfs
+from pydantic import BaseModel, ConfigDict
 
-from appliance.errors import GuestUnreadable
+from appliance import secrecy
+from appliance.errors import GuestUnreadable, RewindError
 from images.guest.child import answer_all
 from images.guest.confine import Cage, Limits, Seccomp, enter
 from images.guest.files import check_readable
-from images.guest.volumes import Volume, partition_name
+from images.guest.volumes import Volume, opened_name, partition_name
 from images.model import Layer
 from images.tree import Kind
 
-__all__ = ["GuestfsReader", "cage", "main"]
+__all__ = ["GuestfsReader", "Order", "cage", "main"]
 
 _MISSING = tuple(map(os.strerror, (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)))
 _KINDS = {stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.FOLDER, stat.S_IFLNK: Kind.LINK}
@@ -38,6 +43,18 @@ _NO_FILES = ("", "unknown", "swap", "crypto_LUKS", "LVM2_member", "linux_raid_me
 _SCRATCH = "/tmp/answer"
 # LUKS2 asks for up to 1 GiB to make a key of a passphrase.
 _MEMORY = 1280
+
+
+class Order(BaseModel):
+    """`sockets`: disk to the socket of its server. `kvm`: the group that may open /dev/kvm, None: it is not shown.
+    `secret`: the memory of all that is inside has to be locked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sockets: dict[str, str]
+    appliance: str
+    kvm: int | None = None
+    secret: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +150,7 @@ class GuestfsReader:
     def _opened(self, found: Mapping[str, _Device]) -> Iterator[tuple[str, _Device]]:
         there = {device.name for device in found.values()}
         for device, below in list(found.items()):
-            name = f"luks-{below.name}".replace("/", "-")
+            name = opened_name(below.name)
             locked = name not in there and self._call(self._g.vfs_type, device) == "crypto_LUKS"
             if locked and self._unlock(device, name):
                 yield f"/dev/mapper/{name}", _above(name, [below], Layer.LUKS)
@@ -195,51 +212,74 @@ def _above(name: str, below: list[_Device], layer: Layer) -> _Device:
     return _Device(name, disks, (*layers, layer))
 
 
-def cage(sockets: Mapping[str, str], appliance: str) -> Cage:
-    """Programs and libraries of this machine, the appliance, four devices that hold nothing, the disks' sockets."""
-    devices = {f"/dev/{name}": f"/dev/{name}" for name in ("null", "zero", "random", "urandom")}
+def cage(order: Order) -> Cage:
+    """Programs and libraries of this machine, the appliance, four devices that hold nothing, the disks' sockets; and
+    KVM where it was asked for."""
+    shown = ("null", "zero", "random", "urandom", *(["kvm"] if order.kvm is not None else []))
+    devices = {f"/dev/{name}": f"/dev/{name}" for name in shown}
     return Cage(
         limits=Limits(memory=0, seconds=3600, files=1024, file_bytes=2 << 30, processes=True),
         seccomp=Seccomp.PROGRAMS,
         see={"/usr": "/usr", "/etc/ld.so.cache": "/etc/ld.so.cache", "/etc/passwd": "/etc/passwd",
-             "/appliance": appliance, **devices, **{f"/disks/{name}": path for name, path in sockets.items()}},
+             "/appliance": order.appliance, **devices,
+             **{f"/disks/{name}": path for name, path in order.sockets.items()}},
         links={"/bin": "usr/bin", "/sbin": "usr/sbin", "/lib": "usr/lib", "/lib64": "usr/lib64",
                "/var/tmp": "/tmp"},  # QEMU's own choice for what it forgets again
         scratch=1 << 30,
+        group=order.kvm,
+        secret=order.secret,
     )  # fmt: skip
 
 
 def main() -> None:
-    told, keys, descriptor = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    with os.fdopen(keys, "rb") as pipe:
-        passphrases = [bytes.fromhex(line) for line in pipe.read().decode().split()]
+    order, keys, descriptor = Order.model_validate_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     parent = socket.socket(fileno=descriptor)
-    enter(parent, cage(told["sockets"], told["appliance"]))
+    enter(parent, cage(order))
     os.environ.update(HOME="/tmp", TMPDIR="/tmp", XDG_RUNTIME_DIR="/tmp", LIBGUESTFS_PATH="/appliance",
-                      LIBGUESTFS_BACKEND="direct", LIBGUESTFS_BACKEND_SETTINGS="force_tcg",
-                      LIBGUESTFS_CACHEDIR="/tmp", LIBGUESTFS_TMPDIR="/tmp")  # fmt: skip
+                      LIBGUESTFS_BACKEND="direct", LIBGUESTFS_CACHEDIR="/tmp", LIBGUESTFS_TMPDIR="/tmp")  # fmt: skip
+    if order.kvm is None:
+        os.environ["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
+    answer_all(parent, _Launched(order, keys))
+
+
+def _handle(order: Order) -> Any:
+    """Not launched."""
     handle = guestfs.GuestFS(python_return_dict=True)
     handle.set_memsize(_MEMORY)
-    for name in told["sockets"]:
+    if order.secret:
+        handle.config("-overcommit", "mem-lock=on")
+    for name in order.sockets:
         handle.add_drive_opts("", readonly=1, format="raw", protocol="nbd", server=[f"unix:/disks/{name}"])
-    answer_all(parent, _Launched(tuple(told["sockets"]), handle, passphrases))
+    return handle
 
 
 class _Launched:
-    """Launches for the first question, so that a failure is an answer."""
+    """Launches for the first question, so that a failure is an answer. The keys are read from the pipe by then."""
 
-    def __init__(self, disks: Sequence[str], handle: Any, keys: Sequence[bytes]) -> None:
-        self._arguments = (disks, handle, keys)
+    def __init__(self, order: Order, keys: int) -> None:
+        self._order = order
+        self._pipe = keys
         self._reader: GuestfsReader | None = None
 
     def __getattr__(self, question: str) -> Any:
         if self._reader is None:
+            keys = self._keys()
+            handle = _handle(self._order)
             try:
-                self._arguments[1].launch()
+                handle.launch()
             except RuntimeError as error:
                 raise GuestUnreadable(what="the point", reason=f"libguestfs does not start: {error}") from error
-            self._reader = GuestfsReader(*self._arguments)
+            self._reader = GuestfsReader(tuple(self._order.sockets), handle, keys)
         return getattr(self._reader, question)
+
+    def _keys(self) -> list[bytes]:
+        if self._order.secret:
+            try:
+                secrecy.guard()
+            except RewindError as error:
+                raise GuestUnreadable(what="the point", reason=error.message) from error
+        with os.fdopen(self._pipe, "rb") as pipe:
+            return [bytes.fromhex(line) for line in pipe.read().decode().split()]
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from appliance.errors import GuestUnreadable, RewindError
+from appliance import secrecy
+from appliance.errors import ConfigError, GuestUnreadable, RewindError
 from images.guest import confine, wire
+from images.guest.accelerator import kvm_group
 from images.guest.blocks import Blocks, check_inside
 from images.guest.files import Unsupported
 from images.guest.volumes import Volume
@@ -26,6 +28,8 @@ from images.tree import Kind
 __all__ = ["ConfinedTree"]
 
 _PATH = 4096
+# A pipe takes 64 KiB, and hexadecimal digits twice the room.
+_KEYS = 16 << 10
 _VOLUMES = TypeAdapter(tuple[Volume, ...])
 
 
@@ -41,13 +45,14 @@ class ConfinedTree:
         seconds: float = 120,
         log: Path | None = None,
         pass_fds: Sequence[int] = (),
+        group: int | None = None,
     ) -> None:
         """Start it. Raises ToolFailed, GuestUnreadable; nothing runs then."""
         self._disks = disks
         self._seconds = seconds
         self._patience = seconds * 10
         self._over: str = ""
-        self._child, self._socket = confine.start(program, name="guest-reader", log=log, pass_fds=pass_fds)
+        self._child, self._socket = confine.start(program, name="guest-reader", log=log, pass_fds=pass_fds, group=group)
 
     @classmethod
     def fast(cls, disks: Mapping[str, Blocks], *, seconds: float = 120) -> Self:
@@ -57,17 +62,30 @@ class ConfinedTree:
 
     @classmethod
     def general(
-        cls, sockets: Mapping[str, Path], appliance: Path, keys: Sequence[bytes] = (), *, seconds: float = 600
+        cls,
+        sockets: Mapping[str, Path],
+        appliance: Path,
+        keys: Sequence[bytes] = (),
+        *,
+        accelerator: str = "tcg",
+        seconds: float = 600,
     ) -> Self:
-        """libguestfs, with the disks at these sockets of NBD servers. Its start takes 15 to 60 s, in the first
-        answer. The keys go through a pipe: not on a command line, not in a file."""
-        told = {"sockets": {name: str(path) for name, path in sockets.items()}, "appliance": str(appliance)}
+        """libguestfs, with the disks at these sockets of NBD servers. Its start takes 15 to 60 s where it is emulated,
+        in the first answer. The keys go through a pipe: not on a command line, not in a file. `accelerator` as in
+        `accelerator.kvm_group`. Raises also ConfigError when the keys are too long, or could get into swap."""
+        secret = bool(keys) and secrecy.swaps()
+        if secret:
+            secrecy.let_children_lock()
+        order = json.dumps({
+            "sockets": {name: str(path) for name, path in sockets.items()}, "appliance": str(appliance),
+            "kvm": (group := kvm_group(accelerator)), "secret": secret,
+        })  # fmt: skip
         reading, writing = os.pipe()
         try:
-            os.write(writing, b"\n".join(key.hex().encode() for key in keys))
-            os.close(writing)
-            program = [sys.executable, "-P", "-m", "images.guest.general_child", json.dumps(told), str(reading)]
-            return cls(program, {}, seconds=seconds, pass_fds=[reading])
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(_in_a_pipe(keys))
+            program = [sys.executable, "-P", "-m", "images.guest.general_child", order, str(reading)]
+            return cls(program, {}, seconds=seconds, pass_fds=[reading], group=group)
         finally:
             os.close(reading)
 
@@ -195,6 +213,13 @@ class ConfinedTree:
         self._over = reason
         self._child.kill()
         return GuestUnreadable(what="the point", reason=reason)
+
+
+def _in_a_pipe(keys: Sequence[bytes]) -> bytes:
+    """What a pipe takes at once: nobody reads from it yet. Raises ConfigError."""
+    if sum(map(len, keys)) > _KEYS or any(b"\0" in key for key in keys):
+        raise ConfigError(reason=f"a passphrase of LUKS has zero bytes in it, or all have more than {_KEYS} bytes")
+    return b"\n".join(key.hex().encode() for key in keys)
 
 
 def _failure(answer: dict[str, Any]) -> GuestUnreadable:

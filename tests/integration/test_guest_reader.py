@@ -12,7 +12,7 @@ import pytest
 
 from appliance.errors import GuestUnreadable
 from images.guest import open_guest
-from images.guest.appliance import build_appliance
+from images.guest.appliance import build_appliance, kept
 from images.guest.confine import user
 from images.guest.ext4 import Ext4
 from images.guest.files import Walker
@@ -193,6 +193,7 @@ def made_appliance(folder):
     (modules,) = (folder / "lib/modules").iterdir()
     subprocess.run(["depmod", "-b", folder, modules.name], check=True)
     build_appliance(folder / "made", kernel=folder / f"boot/vmlinuz-{modules.name}", modules=modules)
+    assert kept(folder / "made").unfit == ""
     shutil.rmtree(folder / "lib")
     shutil.rmtree(folder / "boot")
 
@@ -202,8 +203,7 @@ def appliance():
     """Of this machine's packages and Debian's kernel; the kernel of the machine may be without modules."""
     sources = [Path(build_appliance.__code__.co_filename)]
     digest = packages.sources_digest(sources, packages.kernel_package("amd64"))
-    (made,) = (packages.cached(f"guestfs-{digest}", made_appliance) / "made").glob("appliance-*[0-9a-f]")
-    return made
+    return kept(packages.cached(f"guestfs-{digest}", made_appliance) / "made").folder
 
 
 def filled(image, folder, size, *maker):

@@ -2,15 +2,18 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from appliance.errors import GuestUnreadable
+from appliance import secrecy
+from appliance.errors import ConfigError, GuestUnreadable
 from images.guest import confine, wire
 from images.guest.confine import Seccomp
 from images.guest.reader import ConfinedTree
@@ -105,9 +108,10 @@ attempts = {
 }
 parent = socket.socket(fileno=int(sys.argv[-1]))
 PORT = 9
-if MODE == "programs":
-    from images.guest.general_child import cage
-    where = cage({"vda": SOCKET}, os.path.dirname(HOST) + "/shown")
+if MODE in ("programs", "secret"):
+    from images.guest.general_child import Order, cage
+    shown = os.path.dirname(HOST) + "/shown"
+    where = cage(Order(sockets={"vda": SOCKET}, appliance=shown, secret=MODE == "secret"))
 else:
     where = Cage(seccomp=Seccomp(MODE))
 enter(parent, where)
@@ -140,7 +144,7 @@ WALLS = {
 
 
 class Prisoner:
-    def __init__(self, folder, mode):
+    def __init__(self, folder, mode, secret=False):
         self.folder = folder
         self.secret = folder / "secret"
         self.secret.write_text("of the host")
@@ -159,7 +163,7 @@ class Prisoner:
         program = folder / "attempts.py"
         port = self._listening[2].getsockname()[1]
         program.write_text(ATTEMPTS.replace("PORT = 9", f"PORT = {port}"))
-        told = json.dumps([str(self.secret), name, str(path), os.getpid(), mode.value])
+        told = json.dumps([str(self.secret), name, str(path), os.getpid(), "secret" if secret else mode.value])
         self.child, self.socket = confine.start([sys.executable, str(program), told], name="prisoner")
 
     def attempt(self, what):
@@ -255,6 +259,23 @@ def test_it_is_nobody_without_a_capability(prisoner):
 def _inside(outer):
     with open(f"/proc/{int(_children(outer))}/status") as file:
         return file.read()
+
+
+def test_scratch_of_a_cage_with_a_passphrase_is_never_in_swap(wider, tmp_path):
+    """I7: the appliance's own disk is written to /tmp, and a tmpfs may go to swap; a ramfs has no way there."""
+    assert _kind_of_tmp(wider) == "tmpfs"
+    one = Prisoner(tmp_path, Seccomp.PROGRAMS, secret=True)
+    try:
+        assert _kind_of_tmp(one) == "ramfs"
+        assert one.attempt("write to /tmp") == {"done": "None"}
+    finally:
+        one.close()
+
+
+def _kind_of_tmp(prisoner):
+    with open(f"/proc/{int(_children(prisoner.child.pid))}/mountinfo") as file:
+        (kind,) = [line.partition(" - ")[2].split()[0] for line in file if line.split()[4] == "/tmp"]
+    return kind
 
 
 def test_nothing_of_our_environment_gets_in(tmp_path, monkeypatch):
@@ -399,6 +420,46 @@ def test_words_of_the_child_cannot_steer_a_terminal(tmp_path):
             tree.read("/x", 1)
     assert str(caught.value).startswith("z cannot be read: x?[2J?yyy")
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("keys", [[b"x" * 16385], [b"x"] * 16385, [b"a\0b"]], ids=["long", "many", "zero"])
+def test_passphrases_that_no_pipe_takes(keys):
+    """Nobody reads from the pipe yet when they are written: more would wait for ever."""
+    with pytest.raises(ConfigError, match="zero bytes in it, or all have more than 16384 bytes"):
+        ConfinedTree.general({}, Path("/nowhere"), keys)
+
+
+def test_where_memory_cannot_be_locked_nothing_secret_goes_in(tmp_path, monkeypatch):
+    """I7: on a host with swap, a reader whose memory could get there is not started."""
+    swaps = tmp_path / "swaps"
+    swaps.write_text("Filename Type Size Used Priority\n/dev/sda2 partition 1 0 -2\n")
+    monkeypatch.setattr(secrecy, "_SWAPS", swaps)
+    monkeypatch.setattr(secrecy.resource, "setrlimit", refuse)
+    started = []
+    monkeypatch.setattr(confine, "start", lambda *words, **more: started.append(words))
+    with pytest.raises(ConfigError, match="could get into this host's swap") as caught:
+        ConfinedTree.general({}, Path("/nowhere"), [b"secret"])
+    assert "swapoff -a" in caught.value.hint
+    assert not started
+
+
+def test_a_reader_that_cannot_lock_its_memory_reads_no_passphrase(tmp_path, monkeypatch):
+    """I7: the parent may have been allowed what the cage is not. It is found out inside, before the pipe is read."""
+    pytest.importorskip("guestfs")
+    monkeypatch.setattr(secrecy, "swaps", lambda: True)
+    monkeypatch.setattr(secrecy, "let_children_lock", lambda: None)
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, before[1]))
+    try:
+        with ConfinedTree.general({}, tmp_path, [b"secret"], seconds=limit(20)) as tree:
+            with pytest.raises(GuestUnreadable, match="could get into this host's swap: Cannot allocate memory"):
+                tree.volumes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+
+
+def refuse(*_words):
+    raise ValueError("not allowed to raise maximum limit")
 
 
 def test_a_killed_child_is_told_by_its_signal(tmp_path):

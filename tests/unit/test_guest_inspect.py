@@ -7,7 +7,7 @@ import pytest
 
 from appliance.errors import ConfigError, ConnectError, GuestUnreadable
 from appliance.process import Child
-from images.guest import open_guest
+from images.guest import _explained, open_guest
 from images.guest.bootloader import boot_entry
 from images.guest.files import Walker
 from images.guest.fstab import Names, mapped_name, parse_crypttab, parse_fstab
@@ -387,6 +387,28 @@ def test_names_that_crypttab_gives(line):
 
 def test_containers_that_are_closed():
     assert [one.name for one in locked((*DATA, *SEALED["container on a volume"]))] == ["vda3"]
+
+
+@pytest.mark.parametrize(("keys", "why"), [((), "without its passphrase nobody opens vda3"),
+                                           ((b"x",), "none of the passphrases opens vda3")])  # fmt: skip
+def test_a_closed_container_is_told_where_no_system_was_found(keys, why):
+    """With the option that gives a passphrase. What is over, or has nothing closed, says what it said."""
+    error = GuestUnreadable(what="the point", reason="no system is on vda3 (crypto_LUKS)")
+    told = _explained(error, Tells(DATA), keys)
+    assert str(told) == f"the point cannot be read: no system is on vda3 (crypto_LUKS); {why}"
+    assert "`--luks-key FILE`" in told.hint
+    for volumes in (SEALED["partition"], None):
+        assert _explained(error, Tells(volumes), keys) is error
+
+
+class Tells:
+    def __init__(self, volumes):
+        self._volumes = volumes
+
+    def volumes(self):
+        if self._volumes is None:
+            raise GuestUnreadable(what="the point", reason="its reader ended")
+        return self._volumes
 
 
 def test_fstab_and_crypttab():

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ImageFile,
         ImagePlan,
         ImageProfile,
+        ImageReader,
         ImageRemoved,
         ImageRunning,
         ImageServed,
@@ -65,9 +66,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Branch", "Bucket", "Capture", "CaptureEvent", "CheckSummary", "DaemonEvent", "Diff", "DiffExtent", "DiskBytes",
     "DoctorCheck", "DoctorSummary", "DomainStatus", "Error", "ExitCode", "Export", "Forget", "ForgetSummary", "Gap",
-    "Gc", "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved",
-    "ImageRunning", "ImageServed", "ImageSettled", "ImageStarted", "ImageStep", "ImageStreamed", "ImageTarget",
-    "ImageTemplate", "ImageVerified", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused",
+    "Gc", "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageReader",
+    "ImageRemoved", "ImageRunning", "ImageServed", "ImageSettled", "ImageStarted", "ImageStep", "ImageStreamed",
+    "ImageTarget", "ImageTemplate", "ImageVerified", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused",
     "Point", "PointsSummary", "Problem", "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted",
     "Span", "Status", "Timeline", "Unprotected", "to_json",
 ]  # fmt: skip
@@ -78,9 +79,9 @@ _AREAS = {
         "Span", "Timeline",
     ),
     "image": (
-        "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageRemoved",
-        "ImageRunning", "ImageServed", "ImageSettled", "ImageStarted", "ImageStep", "ImageStreamed", "ImageTarget",
-        "ImageTemplate", "ImageVerified",
+        "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageReader",
+        "ImageRemoved", "ImageRunning", "ImageServed", "ImageSettled", "ImageStarted", "ImageStep", "ImageStreamed",
+        "ImageTarget", "ImageTemplate", "ImageVerified",
     ),
     "protection": (
         "Capture", "DaemonEvent", "DoctorCheck", "DoctorSummary", "DomainStatus", "Initialised", "LastGap", "Paused",

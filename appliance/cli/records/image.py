@@ -42,6 +42,17 @@ class ImageTemplate(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageReader(Record):
+    type = "image-reader"
+    path: Path
+    created: datetime
+    kernel: str
+    qemu: str
+    size_bytes: int
+    unfit: str
+
+
+@dataclass(frozen=True, slots=True)
 class ImageDrivers(Record):
     type = "image-drivers"
     name: str

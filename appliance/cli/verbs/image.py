@@ -12,8 +12,10 @@ import click
 from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, rate_option
+from appliance.cli.secrets import luks_keys, luks_option
 from appliance.cli.settling import after_options, chosen, sizes_of
 from appliance.cli.text import clock, counted
+from appliance.cli.verbs.readers import reader_command
 from appliance.cli.verbs.settled import settle_command
 from appliance.cli.verbs.streaming import emit_running, emit_streamed, serve_command
 from appliance.cli.verbs.verification import evidence_command, verify_command
@@ -64,8 +66,9 @@ _FILE = click.Path(path_type=Path, exists=True)
 def image_command() -> None:
     """Bootable images of a point, for other hardware: one boot, of the guest's own kernel.
 
-    Once: `image template build`. For each kind of hardware: `image target add`. Then `image plan` tells which drivers
-    an image would have and why, and `image build` makes it. The guest and its disks are not touched by any of these.
+    Once: `image template build`, and for guests on xfs, btrfs, LUKS or md `image reader build`. For each kind of
+    hardware: `image target add`. Then `image plan` tells which drivers an image would have and why, and `image build`
+    makes it. The guest and its disks are not touched by any of these.
     """
 
 
@@ -304,8 +307,11 @@ def _emit_drivers(context: Context, one: Any) -> None:
 @_WHEN
 @_TARGET
 @_TEMPLATE
+@luks_option
 @click.option("--all", "all_of", is_flag=True, help="Also list each default driver that is left out.")
-def _plan(context: Context, domain: str, when: str, target: str, template: str, all_of: bool) -> None:
+def _plan(
+    context: Context, domain: str, when: str, target: str, template: str, luks_key: tuple[str, ...], all_of: bool
+) -> None:
     """Tell which drivers an image of DOMAIN for a target would have, and why. Nothing is written.
 
     Where a driver is missing that has to be there the plan ends as `build` would: refused, with the list.
@@ -314,7 +320,7 @@ def _plan(context: Context, domain: str, when: str, target: str, template: str, 
     from images.drivers.plan import refuse_if_missing
 
     with context.session() as session:
-        planned = making.plan(session, domain, when, target, template)
+        planned = making.plan(session, domain, when, target, template, luks_keys(luks_key))
     _emit_plan(context, planned, all_of)
     refuse_if_missing(planned.plan)
 
@@ -349,10 +355,12 @@ def _emit_plan(context: Context, planned: Planned, all_of: bool) -> None:
               help="What to make, with commas between: uki, esp, iso, usb, pxe, disk.")  # fmt: skip
 @click.option("--into", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR",
               help="A new folder for the image.")  # fmt: skip
+@luks_option
 @after_options
 def _build(
-    context: Context, domain: str, when: str, target: str, template: str, media: str, folder: Path, after: Any
-) -> None:
+    context: Context, domain: str, when: str, target: str, template: str, media: str, folder: Path,
+    luks_key: tuple[str, ...], after: Any,
+) -> None:  # fmt: skip
     """Make a bootable image of DOMAIN as of WHEN for a target.
 
     It has the guest's own kernel and exactly the drivers that this hardware needs. It starts the guest from its disks,
@@ -362,7 +370,8 @@ def _build(
 
     wanted = [one.strip() for one in media.split(",") if one.strip()]
     with context.session() as session:
-        made = making.build(session, domain, when, target, wanted, folder, template, after=chosen(after))
+        keys = luks_keys(luks_key)
+        made = making.build(session, domain, when, target, wanted, folder, template, keys, after=chosen(after))
     built = made.built
     files = tuple(
         records.ImageFile(name, path, built.sizes[name], built.digests[name]) for name, path in built.files.items()
@@ -394,10 +403,11 @@ def _build(
 @rate_option("Fill its disks with at most this much a second (50M).")
 @click.option("--size", "sizes", multiple=True, metavar="DISK=BYTES", callback=sizes_of,
               help="Make the guest's DISK (vda) this large (20G): smaller as far as its partitions allow.")  # fmt: skip
+@luks_option
 @after_options
 def _start(
     context: Context, domain: str, when: str, target: str, template: str, name: str, folder: Path, new_macs: bool,
-    background: bool, rate: int | None, sizes: dict[str, int], after: Any,
+    background: bool, rate: int | None, sizes: dict[str, int], luks_key: tuple[str, ...], after: Any,
 ) -> None:  # fmt: skip
     """Start DOMAIN as of WHEN as a new domain on a target's hardware, at once.
 
@@ -408,8 +418,8 @@ def _start(
 
     with context.session() as session:
         made = starting.start(
-            session, domain, when, target, name, folder, template=template, rate=rate or 0, new_macs=new_macs,
-            after=chosen(after), sizes=sizes,
+            session, domain, when, target, name, folder, template=template, keys=luks_keys(luks_key), rate=rate or 0,
+            new_macs=new_macs, after=chosen(after), sizes=sizes,
         )  # fmt: skip
         record = records.ImageStarted(
             made.name, made.uuid, made.point, made.target, made.disks, made.image, made.seconds, made.warnings
@@ -474,7 +484,7 @@ for _group, _verbs in (
     (template_command, (_template_build, _template_list, _template_remove)),
     (drivers_command, (_drivers_add, _drivers_list, _drivers_remove)),
     (image_command, (_plan, _build, _start, serve_command, _list, _resume, settle_command, _forget, verify_command,
-                     evidence_command)),
-):
+                     evidence_command, reader_command)),
+):  # fmt: skip
     for _one in _verbs:
         _group.add_command(_one)

@@ -10,6 +10,7 @@ import click
 from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, duration_option
+from appliance.cli.secrets import luks_keys, luks_option
 from appliance.errors import (
     AlreadyExists,
     AmbiguousPoint,
@@ -77,9 +78,10 @@ def _local(_ctx: click.Context, _param: click.Parameter, values: Any) -> dict[st
 @duration_option("--patience", text="How long its reads and writes wait while nobody answers (default 10m).")
 @click.option("--insecure", is_flag=True, help="No encryption, and whoever connects may read and write.")
 @click.option("--background", is_flag=True, help="Return as soon as it is served.")
+@luks_option
 def serve_command(
     context: Context, domain: str, when: str, target: str, folder: Path, name: str | None, media: str, template: str,
-    stream: bool, background: bool, patience: float | None, **choices: Any,
+    stream: bool, background: bool, patience: float | None, luks_key: tuple[str, ...], **choices: Any,
 ) -> None:  # fmt: skip
     """Let a machine boot DOMAIN as of WHEN, whatever it is: nothing of it is known but its hardware.
 
@@ -93,7 +95,8 @@ def serve_command(
     chosen = streaming.Choices(mode="stream" if stream else "copy", patience=int(patience or _PATIENCE), **choices)
     with context.session() as session:
         made = streaming.serve(
-            session, domain, when, target, name or target, folder, wanted, chosen, template=template
+            session, domain, when, target, name or target, folder, wanted, chosen, template=template,
+            keys=luks_keys(luks_key),
         )  # fmt: skip
         _emit_served(context, made)
         if not background:

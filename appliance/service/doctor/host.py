@@ -190,6 +190,22 @@ def fence(session: Session) -> Iterator[Check]:
         yield warn("fence", f"the hook that reverts need {state}", found.remedy)
 
 
+def image_reader(session: Session) -> Iterator[Check]:
+    """What reads guests that are not on ext4, for whoever makes images; that it is not there hinders nobody else."""
+    from appliance.service.image import readers
+
+    found = readers.shown(session)
+    remedy = "rewind image reader build"
+    if found is None:
+        yield ok("image reader", f"not built: no images of guests on xfs, btrfs, LUKS or md (`{remedy}`)")
+    elif found.unfit:
+        yield warn("image reader", f"the one that was built is {found.unfit}", remedy)
+    elif newer := readers.newer_kernel(found):
+        yield warn("image reader", f"its kernel is {found.kernel}, and this host has {newer}", remedy)
+    else:
+        yield ok("image reader", f"for xfs, btrfs, LUKS and md, with kernel {found.kernel}")
+
+
 def daemon(session: Session) -> Iterator[Check]:
     """Whether somebody takes the points that were scheduled, and starts capture again after the host."""
     from appliance.capture import protection
@@ -210,6 +226,6 @@ def daemon(session: Session) -> Iterator[Check]:
         yield warn("daemon", f"{reason} {', '.join(continuous)}", "rewind daemon")
 
 
-CHECKS = (home, settings, key, repository, space, clock, tools, hypervisor, fence, daemon)
+CHECKS = (home, settings, key, repository, space, clock, tools, hypervisor, fence, daemon, image_reader)
 # What can be looked at before there is a home: a new user's first question is whether this host will do.
 WITHOUT_HOME = (home, settings, tools, hypervisor, fence)

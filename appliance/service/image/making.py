@@ -19,7 +19,7 @@ from pathlib import Path
 from appliance.errors import BadInventory, ToolFailed
 from appliance.model import Point
 from appliance.service.elsewhere import export
-from appliance.service.image import drivers, targets, templates
+from appliance.service.image import drivers, readers, targets, templates
 from appliance.service.instant import resolve
 from appliance.service.session import Session
 from images import hardware
@@ -77,7 +77,8 @@ def opened(session: Session, domain: str, when: str, keys: Sequence[bytes] = ())
     try:
         with export(session, domain, point.id) as served:
             disks = {one.disk: one.uri for one in served.disks}
-            with open_guest(disks, folder, keys=keys) as guest:
+            kept, accelerator = readers.folder(session), session.settings.accelerator
+            with open_guest(disks, folder, keys=keys, appliances=kept, accelerator=accelerator) as guest:
                 yield point, guest
     finally:
         shutil.rmtree(folder, ignore_errors=True)

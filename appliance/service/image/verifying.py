@@ -84,31 +84,31 @@ class _Prepared:
 
 def verify(
     session: Session, domain: str, when: str, target: str = "", *, timeout: float = TIMEOUT, memory: int = MEMORY,
-    template: str = "", keys: Sequence[bytes] = (), progress: Progress = silent,
-    stopped: Callable[[], bool] = lambda: False,
+    template: str = "", progress: Progress = silent, stopped: Callable[[], bool] = lambda: False,
 ) -> Verified:  # fmt: skip
     """Boot DOMAIN's point as a test. `timeout` in seconds bounds the boot, `memory` in bytes the machine; it is broken
     off when `stopped` says so.
 
-    Whether it came up is in the verdict. Raises Interrupted when it was broken off, NotSupported (a target that QEMU
-    cannot stand for), DriversMissing and what `making.build` raises, ImageError and NoSpace when the host has not the
-    room: nothing is kept then.
+    Whether it came up is in the verdict. Nobody types a passphrase in a test: an encrypted root is refused as
+    GuestUnreadable. Raises Interrupted when it was broken off, NotSupported (a target that QEMU cannot stand for),
+    DriversMissing and what `making.build` raises, ImageError and NoSpace when the host has not the room: nothing is
+    kept then.
     """
     point = resolve(session, domain, when)
     # gc waits as long as the point is read.
     with session.repository.session(f"test of {point.domain}"):
-        return _verify(session, point, target, timeout, memory, template, keys, progress, stopped)
+        return _verify(session, point, target, timeout, memory, template, progress, stopped)
 
 
 def _verify(
-    session: Session, point: Point, target: str, timeout: float, memory: int, template: str, keys: Sequence[bytes],
-    progress: Progress, stopped: Callable[[], bool],
+    session: Session, point: Point, target: str, timeout: float, memory: int, template: str, progress: Progress,
+    stopped: Callable[[], bool],
 ) -> Verified:  # fmt: skip
     disks = choose(point, ())
     folder = Path(tempfile.mkdtemp(prefix="verify-", dir=session.home.path / "run"))
     try:
         progress(0, 0, "building the image")
-        made = _prepare(session, point, disks, target, folder, template, keys)
+        made = _prepare(session, point, disks, target, folder, template)
         progress(0, 0, f"booting {point.id}")
         outcome = _boot(session, made, disks, folder, timeout, memory, stopped)
     finally:
@@ -120,13 +120,12 @@ def _verify(
 
 
 def _prepare(
-    session: Session, point: Point, disks: Sequence[DiskPoint], target: str, folder: Path, template: str,
-    keys: Sequence[bytes],
-) -> _Prepared:  # fmt: skip
+    session: Session, point: Point, disks: Sequence[DiskPoint], target: str, folder: Path, template: str
+) -> _Prepared:
     inventory = _inventory(session, point, target)
     machine = machine_for(inventory, [one.disk for one in disks])
     inventory = inventory.model_copy(update={"console": machine.console})
-    with making.prepared(session, point.domain_uuid, point.id, target, template, keys, None, inventory) as ready:
+    with making.prepared(session, point.domain_uuid, point.id, target, template, (), None, inventory) as ready:
         plan, added = _on_the_console(ready.planned.plan, machine.console)
         settings = settings_for(plan)
         settings = replace(settings, run={**settings.run, **reporter(machine.report)}, linger_seconds=5)
