@@ -14,10 +14,12 @@ from appliance.service.underway import under_way
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection
     from appliance.hypervisor.base import Domain
+    from appliance.service.image.starting import Running
+    from appliance.service.image.streaming import Streamed
     from appliance.service.session import Session
     from appliance.timeline.catalogue import Summary
 
-__all__ = ["DomainState", "InstanceState", "status"]
+__all__ = ["DomainState", "InstanceState", "brought_up", "status"]
 
 # A scheduled point later than this many intervals is worth a word.
 _LATE = 2.0
@@ -58,6 +60,24 @@ class DomainState:
     notes: tuple[str, ...] = ()
     capture: Capturing | None = None
     uncaptured: tuple[str, ...] = ()
+
+
+def brought_up(session: Session) -> tuple[list[Running], list[Streamed]]:
+    """Domains and machines that were brought up from here and whose disks are not their own yet."""
+    from appliance.restore import hydrate, serve
+
+    started: list[Running] = []
+    served: list[Streamed] = []
+    # All that makes images is loaded only where there are any: it takes longer than the rest of `status`.
+    if hydrate.names(session.home):
+        from appliance.service.image import starting
+
+        started = [one for one in starting.listing(session) if one.phase != "done"]
+    if serve.names(session.home):
+        from appliance.service.image import streaming
+
+        served = [one for one in streaming.listing(session) if one.phase != "done"]
+    return started, served
 
 
 def status(

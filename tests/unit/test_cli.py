@@ -1145,6 +1145,15 @@ def test_check_names_what_is_damaged(web):
 # --- status, doctor, output -----------------------------------------------------------------------------------------
 
 
+def test_status_does_not_load_what_makes_images(web):
+    """A8: it took longer than all the rest, of which there mostly is nothing to tell."""
+    command = [sys.executable, "-X", "importtime", "-m", "appliance.cli", "--home", str(web.home), "--json", "status"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert '"type": "status"' in done.stdout
+    assert "appliance.service.status" in done.stderr
+    assert "appliance.service.image" not in done.stderr
+
+
 def test_status_works_while_the_hypervisor_is_down(web):
     found = web.json("status")
     assert found[0]["points"] == 4

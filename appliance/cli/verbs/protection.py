@@ -188,13 +188,11 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
     its own yet.
     """
     from appliance.cli.ui import table
-    from appliance.service.image import starting, streaming
-    from appliance.service.status import status
+    from appliance.service.status import brought_up, status
 
     with context.session() as session:
         instance, domains = status(session, domain, everything)
-        started = [] if domain else [one for one in starting.listing(session) if one.phase != "done"]
-        served = [] if domain else [one for one in streaming.listing(session) if one.phase != "done"]
+        started, served = ([], []) if domain else brought_up(session)
     found = [_domain(one) for one in domains]
     orphans = [] if instance.daemon else [one.domain for one in domains if one.every]
     context.output.emit(
