@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from images.model import Firmware
-from images.settle.step import steps
 from tests.support import settled_disk
 from tests.support.settled_disk import BIOS_BOOT, ESP, HEAD
 from tests.support.settling import Root, plan
@@ -89,15 +88,25 @@ def test_without_an_initramfs_for_this_hardware_the_boot_volume_stays(uefi):
     assert not uefi.path("/boot/efi/EFI/BOOT").exists()
 
 
-def test_a_root_that_is_named_by_the_old_hardware(disk):
+@pytest.mark.parametrize(("name", "outcome"), [("/dev/vda1", "left as it was"), ("/dev/sda1", "done")])
+def test_a_root_that_is_named_by_the_order_of_hardware(disk, name, outcome):
     """P6-19: GRUB's menu would look for a disk that has another name here."""
+    disk.program("grub-install", GRUB)
     made = plan()
-    made = replace(made, client=replace(made.client, command_line="root=/dev/vda1 ro"))
-    made = replace(made, inventory=made.inventory.model_copy(update={"disk_bus": "sata"}))
+    made = replace(made, client=replace(made.client, command_line=f"root=UUID=1 root={name} ro"))
     done = disk.run(made, {"loader": {}}, "settle")
-    assert "loader: left as it was" in done.report and "root=/dev/vda1" in done.report[0], done
-    same = replace(made, inventory=made.inventory.model_copy(update={"disk_bus": "virtio"}))
-    assert steps()["loader"].variables(same, None)["RW_UNSTABLE"] == ""
+    assert f"loader: {outcome}" in done.report, done
+    assert (name in done.report[0]) == (outcome != "done")
+
+
+@pytest.mark.parametrize("label", ["dos", "gpt"])
+def test_no_partition_is_made_where_sectors_are_others(uefi, label):
+    """P6-18: all our numbers are of sectors of 512 bytes."""
+    without_an_esp(uefi, label)
+    uefi.write("/sys/class/block/sda/queue/logical_block_size", "4096\n")
+    before = settled_disk.ends(uefi)
+    done = loaded(uefi, Firmware.UEFI)
+    assert "its sectors are not of 512 bytes" in done.report[0] and settled_disk.ends(uefi) == before, done
 
 
 # --- a GPT on a BIOS ------------------------------------------------------------------------------------------------

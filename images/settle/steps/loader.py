@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from images.drivers.settle import disk_names, unstable_name
+from images.drivers.settle import unstable_name
 from images.model import Plan
 from images.settle.step import Step
 from images.words import words_of
@@ -13,16 +13,14 @@ __all__ = ["STEP"]
 def _variables(plan: Plan, _fields: object) -> dict[str, str]:
     return {
         "RW_FIRMWARE": plan.inventory.firmware.value, "RW_SECURE": "1" if plan.inventory.secure_boot else "",
-        "RW_UNSTABLE": _unstable(plan),
+        "RW_BY_NAME": _by_name(plan),
     }  # fmt: skip
 
 
-def _unstable(plan: Plan) -> str:
-    """The root as the client's boot loader names it, where the target's hardware has another name for it."""
+def _by_name(plan: Plan) -> str:
+    """The root as the client's boot loader names it, where that is the order in which hardware was found."""
     roots = [word[5:] for word in words_of(plan.client.command_line) if word.startswith("root=")]
-    spec = roots[-1] if roots else ""
-    family = unstable_name(spec)[0]
-    return spec if family and family not in disk_names(plan.inventory) else ""
+    return roots[-1] if roots and unstable_name(roots[-1])[0] else ""
 
 
 STEP = Step(

@@ -8,7 +8,9 @@
 stays() { leave "the boot volume has to stay attached: $*"; }
 
 if grep -qsx initramfs "$RW_HERE/undone"; then stays "no initramfs could be made for this hardware"; fi
-[ -z "$RW_UNSTABLE" ] || stays "the guest's boot loader names the root by the old hardware: root=$RW_UNSTABLE"
+if [ -n "$RW_BY_NAME" ] && [ "$(findmnt -nvo SOURCE --target /)" != "$RW_BY_NAME" ]; then
+    stays "the guest's boot loader names the root by the old hardware: root=$RW_BY_NAME"
+fi
 disk=$(disks_below /boot | head -n 1)
 [ -n "$disk" ] || stays "the disk of /boot is not known"
 [ "$(disks_below /boot | wc -l)" = 1 ] || stays "/boot lies on several disks"
@@ -40,6 +42,11 @@ room() {
         END { print most + 0, last + 0 }' >"$RW_HERE/room"
     read -r most last <"$RW_HERE/room"
     [ "$most" -ge "$1" ]
+}
+
+# All numbers here are of such sectors.
+has_common_sectors() {
+    [ "$(cat "/sys/class/block/$disk/queue/logical_block_size" 2>/dev/null || echo 512)" = 512 ]
 }
 
 # Sectors before the first partition.
@@ -94,6 +101,7 @@ has_bios_partition() {
 # as it is, but that its first usable sector is the first behind the table itself: many tools begin at 1 MiB.
 new_bios_partition() {
     has sfdisk || stays "/dev/$disk has no BIOS boot partition, and the guest no sfdisk (fdisk) to make one with"
+    has_common_sectors || stays "/dev/$disk has no BIOS boot partition, and its sectors are not of 512 bytes"
     keep_table
     sectors=$(gap)
     if [ "${sectors:-0}" -ge 1024 ]; then
@@ -274,6 +282,7 @@ new_esp() {
         dos) kind=ef ;;
         *) stays "/dev/$disk has no partition table" ;;
     esac
+    has_common_sectors || stays "/dev/$disk has no EFI system partition, and its sectors are not of 512 bytes"
     # 65 MiB: 64, and what is lost by beginning at a whole one.
     room 133120 || stays "/dev/$disk has no EFI system partition and no room for one"
     keep_table
