@@ -50,7 +50,7 @@ class After:
         if "machine-id" in chosen:
             chosen["machine-id"] = {"id": uuid.UUID(bytes=digest[:16], version=4).hex}
         kept = [part for part in PARTS if part not in chosen]
-        if self.settle or self.identity == "new":
+        if self.settle or chosen or self.identity == "new":
             chosen |= {"cloud-init": {}, "cards": {}}
             if kept:
                 chosen["kept"] = {"parts": kept}

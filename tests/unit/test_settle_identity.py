@@ -47,7 +47,9 @@ def test_each_part_is_kept_or_new_by_choice():
     partly = chosen(identity="new", keep=("addresses", "host-name"))
     assert {"machine-id", "ssh-keys"} <= set(partly) and not {"addresses", "host-name"} & set(partly)
     assert partly["kept"]["parts"] == ["host-name", "addresses"]
-    assert chosen(host_name="twin")["host-name"] == {"name": "twin"}
+    named = chosen(host_name="twin")
+    assert named["host-name"] == {"name": "twin"} and named["kept"]["parts"] == every[1:]
+    assert "cloud-init" in named and set(chosen(grow=True)) == {"grow"}
     with pytest.raises(ConfigError, match="to be kept, and to be 'twin'"):
         chosen(identity="new", keep=("host-name",), host_name="twin")
 
