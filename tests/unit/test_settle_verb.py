@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from appliance.cli.settling import sizes_of
+from appliance.config import Home, Settings
 from appliance.errors import ConfigError, ImageError
 from appliance.hypervisor.base import DomainState
 from appliance.restore import hydrate
@@ -91,13 +92,11 @@ def brought_up(tmp_path, monkeypatch, session):
 
 class FakeSession:
     def __init__(self, home):
-        self.home = home
+        self.home, self.settings = home, Settings()
 
 
 @pytest.fixture
 def session(tmp_path):
-    from appliance.config import Home
-
     (tmp_path / "home/run").mkdir(parents=True)
     return FakeSession(Home(tmp_path / "home"))
 

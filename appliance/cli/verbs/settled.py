@@ -6,6 +6,7 @@ import click
 
 from appliance.cli import records
 from appliance.cli.command import Context, verb
+from appliance.cli.secrets import luks_keys, luks_option
 from appliance.errors import ConfigError, ConnectError, DomainNotFound, GuestUnreadable, ImageError
 
 __all__ = ["settle_command"]
@@ -15,7 +16,8 @@ _WORDS = {"done": "done", "nothing": "nothing to do", "left": "left as it was", 
 
 @verb("settle", ConnectError, ConfigError, DomainNotFound, GuestUnreadable, ImageError)
 @click.argument("name")
-def settle_command(context: Context, name: str) -> None:
+@luks_option
+def settle_command(context: Context, name: str, luks_key: tuple[str, ...]) -> None:
     """Take the boot medium from a domain that was started with --settle, if its disk starts by itself now.
 
     The domain has to be shut off and its disks its own. What its steps came to is read from its disk and told; where
@@ -24,7 +26,7 @@ def settle_command(context: Context, name: str) -> None:
     from appliance.service.image import settling
 
     with context.session() as session:
-        found = settling.settle(session, name)
+        found = settling.settle(session, name, luks_keys(luks_key))
     steps = tuple(records.ImageStep(one.name, one.outcome, one.said) for one in found.steps)
     lines = [f"{one.name:12} {_WORDS[one.outcome]:14}  {'; '.join(one.said)}".rstrip() for one in steps]
     if found.alone:

@@ -100,8 +100,7 @@ def build(
 ) -> Made:  # fmt: skip
     """Build these media into `folder`, which must not exist. `inventory` instead of what the target's name stands for;
     `after` is what the client does to itself once it runs. `look` sees the guest before anything is written, and may
-    raise. Raises as `plan` and `images.build.build_image`; nothing is
-    left then."""
+    raise. Raises as `plan` and `images.build.build_image`; nothing is left then."""
     with prepared(session, domain, when, target, template, keys, options, inventory) as ready:
         planned = ready.planned
         if look is not None:

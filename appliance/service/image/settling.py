@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from appliance.errors import ConfigError, ImageError
 from appliance.hypervisor.base import DomainState
 from appliance.restore import hydrate
 from appliance.restore.newhardware import without_medium
+from appliance.service.image import readers
 from appliance.service.image.starting import running
 from appliance.service.session import Session
 from images.guest import open_guest
@@ -48,8 +49,9 @@ class Settled:
     medium: Path
 
 
-def settle(session: Session, name: str) -> Settled:
-    """Read what became of the domain `name`, and take its boot medium away if it can do without. May be repeated.
+def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
+    """Read what became of the domain `name`, and take its boot medium away if it can do without. `keys` are passphrases
+    for LUKS. May be repeated.
 
     Raises ConfigError for a name that nobody brought up, one that was started without `--settle`, and one that runs or
     still reads from the repository; ImageError when it has not settled yet; GuestUnreadable when its disk cannot be
@@ -69,7 +71,8 @@ def settle(session: Session, name: str) -> Settled:
     if domain.state() is not DomainState.SHUTOFF:
         raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=f"`virsh shutdown {name}`")
     folder = Path(order.image)
-    steps = outcomes(_report(session, {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}, order.settles))
+    disks = {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}
+    steps = outcomes(_report(session, disks, order.settles, keys))
     alone = any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps)
     definition, medium = without_medium(domain.definition(), name, folder)
     if alone and medium is not None:
@@ -88,10 +91,12 @@ def outcomes(report: str) -> tuple[StepDone, ...]:
     return tuple(StepDone(step, _OUTCOMES.get(lines[-1], "failed"), tuple(lines[:-1])) for step, lines in said.items())
 
 
-def _report(session: Session, disks: Mapping[str, Path], settles: str) -> str:
+def _report(session: Session, disks: Mapping[str, Path], settles: str, keys: Sequence[bytes]) -> str:
     scratch = Path(tempfile.mkdtemp(prefix="settled-", dir=session.home.path / "run"))
     try:
-        with open_guest({disk: f"{_FORMAT}:{path}" for disk, path in disks.items()}, scratch) as guest:
+        images = {disk: f"{_FORMAT}:{path}" for disk, path in disks.items()}
+        kept, accelerator = readers.folder(session), session.settings.accelerator
+        with open_guest(images, scratch, keys=keys, appliances=kept, accelerator=accelerator) as guest:
             return guest.tree.read(f"{REPORTS}/{settles}", _MOST).decode(errors="replace")
     except FileNotFoundError as error:
         reason = "the guest has not settled yet: its disk has no report of it"
