@@ -4,15 +4,42 @@
     latest       the newest content of every chunk touched between two numbers;  pieces: of one range
     Segment      one file of it
     Control      status, marks, sealing and forgetting, asked of the process that writes
+
+Names are loaded when they are first used: each verb asks for the state of a capture, few read a journal.
 """
 
-from appliance.journal.control import Control, Mark, State
-from appliance.journal.journal import Journal, Part, Problem, Session, forget
-from appliance.journal.latest import Piece, Touched, latest, pieces
-from appliance.journal.layout import Disk, Entry, Footer, Header, Kind, Record
-from appliance.journal.segment import Segment
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from appliance.journal.control import Control, Mark, State
+    from appliance.journal.journal import Journal, Part, Problem, Session, forget
+    from appliance.journal.latest import Piece, Touched, latest, pieces
+    from appliance.journal.layout import Disk, Entry, Footer, Header, Kind, Record
+    from appliance.journal.segment import Segment
 
 __all__ = [
     "Journal", "latest", "pieces", "Control", "Segment", "Record", "Kind", "Part", "Session", "Mark", "State", "Piece",
     "Touched", "Problem", "Disk", "Entry", "Header", "Footer", "forget",
 ]  # fmt: skip
+
+_MODULES = {
+    "control": ("Control", "Mark", "State"),
+    "journal": ("Journal", "Part", "Problem", "Session", "forget"),
+    "latest": ("Piece", "Touched", "latest", "pieces"),
+    "layout": ("Disk", "Entry", "Footer", "Header", "Kind", "Record"),
+    "segment": ("Segment",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f"{__name__}.{_HOMES[name]}")
+    if _HOMES[name] == "latest":
+        globals()["latest"] = module.latest  # else it is the module from now on, which has the same name
+    return getattr(module, name)

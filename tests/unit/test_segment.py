@@ -6,6 +6,8 @@ import hashlib
 import random
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,3 +246,11 @@ def test_an_empty_folder_is_an_empty_journal(tmp_path):
         assert list(journal.records()) == [] == journal.verify()
     with pytest.raises(FileNotFoundError):
         Journal(tmp_path / "nothing")
+
+
+def test_latest_is_the_function_whatever_is_loaded_first():
+    """Its module has the same name, and names are loaded when they are used."""
+    look = "import appliance.journal as j; {first}; from appliance.journal import latest; print(callable(latest))"
+    for first in ("j.Piece", "j.latest", "j.Journal", "j.pieces, j.latest, j.Touched"):
+        done = subprocess.run([sys.executable, "-c", look.format(first=first)], capture_output=True, text=True)
+        assert done.stdout == "True\n", done.stderr
