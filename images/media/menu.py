@@ -24,10 +24,12 @@ def grub(parts: Parts, kernel: str, initrd: str) -> bytes:
 
 
 def ipxe(parts: Parts, kernel: str, initrd: str) -> bytes:
-    """With `initrd=` for kernels that are started by their EFI stub, which looks for it by that name. Raises ImageError
-    for a word that iPXE acts on: it has no quotes that could keep it from that.
+    """With `initrd=` for kernels that are started by their EFI stub, which looks for it by that name, and with the name
+    that GRUB would give: on UEFI it is the first word of the command line, and another would be an argument of init.
+    Raises ImageError for a word that iPXE acts on: it has no quotes that could keep it from that.
 
-    Source: iPXE, src/core/exec.c (`command_terminator`) and src/core/settings.c (`expand_settings`).
+    Source: iPXE, src/core/exec.c (`command_terminator`), src/core/settings.c (`expand_settings`),
+    src/image/efi_image.c (`efi_image_cmdline`).
     """
     for word in parts.command_line.split():
         if "${" in word or word in ("||", "&&", ";") or word.startswith("#"):
@@ -35,7 +37,7 @@ def ipxe(parts: Parts, kernel: str, initrd: str) -> bytes:
                 reason=f"the command line has the word {word!r}, which iPXE would take for its own",
                 hint="a medium other than pxe passes it on",
             )
-    words = f"kernel {kernel} initrd={initrd} {parts.command_line}"
+    words = f"kernel --name BOOT_IMAGE={kernel} {kernel} initrd={initrd} {parts.command_line}"
     return f"#!ipxe\n{words}\ninitrd {initrd}\nboot\n".encode()
 
 

@@ -39,14 +39,14 @@ def imagery(libvirt_uri, request):
         shutil.rmtree(images, ignore_errors=True)
 
 
-def proves(imagery, target, instant, folder):
-    """Build, boot, compare: I1's conditions for one cell of its matrix."""
+def proves(imagery, target, instant, folder, medium="", start=""):
+    """Build, boot, compare: I1's conditions for one cell of its matrix. `start` is what is started in a folder."""
     imagery.add_target(target)
-    medium = "esp" if target.firmware == "uefi" else "iso"
+    medium = medium or ("esp" if target.firmware == "uefi" else "iso")
     built = imagery.build(target, instant, medium, folder / "image")
     (file,) = [one for one in built["files"] if one["name"] == medium]
     with imagery.disk(instant, folder / "disk.qcow2") as disk:
-        proof = boot(target, disk, Medium(medium, file["path"]), folder)
+        proof = boot(target, disk, Medium(medium, Path(file["path"], start)), folder)
     assert proof.up, proof
     assert proof.kernels == [imagery.client.kernel], proof
     assert compare(proof, expected(imagery.client, instant)) == [], proof
@@ -61,6 +61,21 @@ def proves(imagery, target, instant, folder):
 def test_the_matrix(imagery, name, instant, tmp_path):
     """I1: every target, both clients, both instants."""
     proves(imagery, TARGETS[name], instant, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("ahci-e1000e-bios", "boot.ipxe"),  # SeaBIOS, and iPXE in the card
+        ("ahci-virtio-uefi", "rewind.efi"),  # OVMF alone: its own driver and network
+        ("ahci-e1000e-uefi", "boot.ipxe"),  # OVMF, and iPXE in the card
+    ],
+)
+def test_network_boot(imagery, name, start, tmp_path):
+    """P6-20: a folder on a TFTP server is enough, with BIOS and with UEFI; and the disk's root is found as ever."""
+    proves(imagery, TARGETS[name], "second", tmp_path, "pxe", start)
 
 
 @pytest.mark.timeout(120)

@@ -72,8 +72,9 @@ class Target:
         if medium is not None and pxe:
             net += f",tftp={medium.path.parent},bootfile={medium.path.name}"
             card += ",bootindex=0"
-        else:
-            # The firmware would try the network otherwise, and a target may have no option ROM for its card.
+        if not pxe or (self.firmware == "uefi" and "virtio" in self.nic):
+            # The firmware would try the network otherwise, and a target may have no option ROM for its card. OVMF has a
+            # driver and a network of its own for virtio: with a ROM it would be iPXE's.
             card += ",romfile="
         return ["-netdev", net, "-device", card]
 

@@ -123,7 +123,8 @@ def test_a_file_of_a_medium_stays_inside_it(vendor, parts, template, tmp_path):
 def test_network_files(parts, tmp_path):
     folder = tmp_path / "pxe"
     media()["pxe"].make(parts, folder)
-    assert (folder / "boot.ipxe").read_text().startswith("#!ipxe\nkernel vmlinuz initrd=initrd root=/dev/x ro\n")
+    script = (folder / "boot.ipxe").read_text()
+    assert script.startswith("#!ipxe\nkernel --name BOOT_IMAGE=vmlinuz vmlinuz initrd=initrd root=/dev/x ro\n")
     assert "APPEND root=/dev/x ro\n" in (folder / "pxelinux.cfg/default").read_text()
     told = (folder / "README").read_text()
     assert all(name in told for name in ("rewind.efi", "boot.ipxe", "pxelinux.cfg/default", "grub/grub.cfg"))
