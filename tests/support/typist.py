@@ -26,9 +26,10 @@ def answering(console: Path, log: Path, question: str, answer: str) -> Iterator[
         while not over.wait(0.2):
             if log.exists() and question in log.read_text(errors="replace"):
                 with socket.socket(socket.AF_UNIX) as line:
+                    line.settimeout(0.2)
                     line.connect(str(console))
                     line.sendall(answer.encode())
-                    over.wait()
+                    _listen(line, over)
 
     person = threading.Thread(target=sit)
     if question:
@@ -39,3 +40,11 @@ def answering(console: Path, log: Path, question: str, answer: str) -> Iterator[
         over.set()
         if question:
             person.join()
+
+
+def _listen(line: socket.socket, over: threading.Event) -> None:
+    """A console that nobody reads fills up, and then the machine waits."""
+    while not over.is_set():
+        with contextlib.suppress(TimeoutError):
+            if not line.recv(1 << 16):
+                return  # the machine is off
