@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def boot(
     power_off: bool = False,
     extra: Iterable[str] = (),
     answer: tuple[str, str] = ("", ""),
+    change: Callable[[list[str]], list[str]] = list,
 ) -> Proof:
     """Boot until the proof is there, or `seconds` (of a quiet machine) are over, or the console shows `until`, a
     regular expression that ends the waiting for nothing; then QEMU is killed, however this function is left.
@@ -90,11 +91,11 @@ def boot(
     `disk` is written to: give it an overlay. `folder` must exist, and be of this boot alone. With `power_off` the
     machine may first go off by itself, so that nothing is lost that it wrote; the client does that when its command
     line has `proof.poweroff`. A reset ends QEMU: no kernel gets a second try. `answer` is a question on the console and
-    what is typed then.
+    what is typed then. `change` has the last word on QEMU's command line.
     """
     begun = time.monotonic()
     with (folder / "qemu.log").open("wb") as log:
-        command = arguments(target, disk, medium, folder, extra, answered=any(answer))
+        command = change(arguments(target, disk, medium, folder, extra, answered=any(answer)))
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         with answering(folder / "console", folder / "console.log", *answer):
