@@ -76,8 +76,10 @@ def consolidate(
         return repo.point(wanted)
     _check(base, journal, start, upto)
     making = _Making(repo, base, journal, start, upto, progress)
-    made = making.point(wanted, instant, label, reason)
-    return making.committed(made) if commit else made
+    # One session over both: what one stores and the next commits may be collected in between.
+    with repo.session(f"writes of {base.domain} up to {upto}"):
+        made = making.point(wanted, instant, label, reason)
+        return making.committed(made) if commit else made
 
 
 def point_id(journal: str, sequence: int, label: str, time: datetime) -> str:

@@ -25,11 +25,13 @@ def point(name: str, refs, *, parent: str | None = None, second: int = 0, change
 
 
 def take(repo, name: str, letters: dict[int, int], *, base=None, size: int = 100, parent=None, second: int = 0):
-    """Write the letters over `base` and commit; the map."""
-    with repo.writer() as writer:
-        changes = [(index, writer.put(chunk(letter))) for index, letter in sorted(letters.items())]
-        ref = repo.write_map(base, size * CHUNK, changes, writer)
-    repo.commit(point(name, ref, parent=parent, second=second, changed=tuple(sorted(letters))))
+    """Write the letters over `base` and commit; the map. In one session: what one stores and another commits may be
+    collected in between (FORMAT.md), and the commit is refused."""
+    with repo.session("take"):
+        with repo.writer() as writer:
+            changes = [(index, writer.put(chunk(letter))) for index, letter in sorted(letters.items())]
+            ref = repo.write_map(base, size * CHUNK, changes, writer)
+        repo.commit(point(name, ref, parent=parent, second=second, changed=tuple(sorted(letters))))
     return ref
 
 

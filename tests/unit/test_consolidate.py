@@ -16,6 +16,7 @@ from appliance.journal import Journal
 from appliance.model import Consistency, DiskKind, DiskPoint, MapRef, Point
 from appliance.store import Repository, open_backend
 from appliance.store.backend.faulty import Crashed, Fault, Faulty, at
+from appliance.store.gc import gc
 from appliance.units import CHUNK
 from tests.support.journal import START_NS, Scribe
 
@@ -231,6 +232,24 @@ def test_two_that_ask_at_the_same_moment_get_the_same_point(repo, tmp_path, scri
 
         point = consolidated(repo, base, scribe, 4, progress=meanwhile)
     assert len(repo.points()) == 2 and repo.point(point.id) == point == found[0]
+
+
+def test_what_is_stored_outlives_a_gc_before_it_is_committed(repo, tmp_path, scribe, monkeypatch):
+    """P5-09: no point refers to it yet, and gc waits for whoever is about to make one."""
+    base = base_of(repo, scribe)
+    scribe.write("vda", 0, b"a" * CHUNK)
+    scribe.seal()
+    commit, waiting = Repository.commit, []
+
+    def late(self, point):
+        with Repository.open(open_backend(repo.url), cache=tmp_path / "other", key=None) as other:
+            waiting.extend(gc(other).waiting)
+        commit(self, point)
+
+    monkeypatch.setattr(Repository, "commit", late)
+    point = consolidated(repo, base, scribe, 1)
+    assert content(repo, point.disk("vda"))[:CHUNK] == b"a" * CHUNK
+    assert len(waiting) == 1 and "writes of web up to 1" in waiting[0]
 
 
 def test_memory_does_not_grow_with_the_journal(tmp_path, scribe):
