@@ -110,7 +110,7 @@ def build_image(
         built = _describe(folder, made, files, plan, template, contents, clock)
         (made / "report.json").write_text(json.dumps(_report(built, plan), indent=1, sort_keys=True) + "\n")
         _settle(made)
-        os.rename(made, folder)
+        _give_name(made, folder)
     return built
 
 
@@ -168,14 +168,27 @@ def _signed_chain(plan: Plan, tree: Tree, template: Template, contents: Contents
 @contextmanager
 def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
     """A folder beside the later one, which nobody else can enter, and in it the later one under another name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ImageError(reason=f"folder {str(folder)!r} cannot be made: {error.strerror}") from error
     try:
         (scratch / "made").mkdir()
         (scratch / "work").mkdir()
         yield scratch, scratch / "made"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _give_name(made: Path, folder: Path) -> None:
+    """Raises TargetExists when somebody else was faster."""
+    try:
+        os.rename(made, folder)
+    except OSError as error:
+        if folder.exists():
+            raise TargetExists(path=folder) from error
+        raise
 
 
 def _parts(plan: Plan, template: Template, contents: Contents, initrd: bytes, made: Path, work: Path) -> Parts:

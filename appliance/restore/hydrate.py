@@ -25,15 +25,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
 from appliance.errors import HypervisorError, RestoreError, RewindError
 from appliance.hypervisor import connect
-from appliance.hypervisor.base import DomainState, Hypervisor, Pulls
+from appliance.hypervisor.base import Domain, DomainState, Hypervisor, Pulls
 from appliance.model import MapRef
 from appliance.process import alone, lives, process_key
 from appliance.restore import outliving
@@ -51,6 +52,8 @@ _KIND = "images"
 _TICK = 0.5
 _START = 30.0
 _AGAIN = 5.0
+# Less than this free is too little for a disk to be filled.
+_ROOM = 4 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -214,6 +217,8 @@ class Hydration:
             domain = self._hypervisor.domain(self._order.uuid)
             assert isinstance(domain, Pulls), "an order is made for a libvirt domain"
             left = tuple(target for target in self._order.disks if domain.backed(target))
+            if not left and self._opened(domain):
+                return replace(self._seen, phase="pulling", left=())
             if not left:
                 size = sum(ref.size for ref in self._order.exports.values())
                 return _Seen("done", (), size, size, "")
@@ -223,7 +228,18 @@ class Hydration:
         except HypervisorError as error:
             return replace(self._seen, phase="off", error=str(error))
         why = "; ".join(one[2] for one in jobs if one[2])
+        if not why and not all(one[1] for one in jobs):
+            why = _full(domain, left)
         return _Seen("pulling", left, sum(one[0] for one in jobs), sum(one[1] for one in jobs), why)
+
+    def _opened(self, domain: Domain) -> bool:
+        """Whether QEMU still has the view open. libvirt calls a disk alone before it has QEMU close what was below: a
+        view that went away in between would have QEMU wait for it, for minutes, with all that it is asked meanwhile."""
+        if domain.state() is DomainState.SHUTOFF:
+            return False
+        place = str(socket_path(self._home, self._order.uuid))
+        nodes = domain.monitor().execute("query-named-block-nodes", flat=True)
+        return any(unquote(str(node.get("file", ""))).partition("socket=")[2] == place for node in nodes)
 
     def _pull(self, domain: Pulls, target: str) -> tuple[int, int, str]:
         """(done, total) bytes of its job, which is started when there is none, and why it could not be."""
@@ -278,6 +294,16 @@ class Hydration:
             self._written = now
         except OSError as error:  # a full disk must not take the view with it
             _log.warning("cannot write down how %s stands: %s", self._order.domain, error)
+
+
+def _full(domain: Domain, targets: Sequence[str]) -> str:
+    """Why a pull has ended early, where that can be seen: QEMU keeps no word of an ended job."""
+    for disk in domain.disks():
+        if disk.target in targets and disk.source:
+            status = os.statvfs(os.path.dirname(disk.source))
+            if status.f_bavail * status.f_frsize < _ROOM:
+                return f"{disk.source}: no space is left on its file system"
+    return ""
 
 
 def main(argv: list[str]) -> int:

@@ -84,6 +84,8 @@ def _shell_words(text: str, target: str) -> list[str]:
 
 def _check_program(program: str, target: str) -> None:
     base = program.rpartition("/")[2]
+    if "qemu" not in base and "kvm" not in base:
+        raise BadInventory(target=target, field="command line", reason=f"it is of {base!r}, which is no QEMU")
     if base.startswith("qemu-system-") and base != "qemu-system-x86_64":
         reason = f"{base} is not for x86_64, the one architecture there is"
         raise BadInventory(target=target, field="arch", reason=reason)

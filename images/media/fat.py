@@ -52,10 +52,12 @@ def write_fat(parts: Parts, files: Mapping[str, Path | bytes], out: Path, *, rem
     with out.open("wb") as file:
         file.truncate(total)
     environment = parts.environment
+    # mtools expands `$` and `\\` in the path of an image, so it is given none.
+    inside = ["sh", "-ec", 'cd "$0"; exec "$@"', str(out.parent)]
     form = _fat16(total) if removable else ["-F", "-c", "1" if total < 512 * MiB else "8"]
-    run(["mformat", "-i", out, *form, "-N", parts.serial(_LABEL), "-v", _LABEL, "::"], env=environment)
-    entries = sorted(str(path) for path in tree.iterdir())
-    run(["mcopy", "-i", out, "-s", "-p", "-m", "-Q", *entries, "::"], env=environment)
+    run([*inside, "mformat", "-i", out.name, *form, "-N", parts.serial(_LABEL), "-v", _LABEL, "::"], env=environment)
+    entries = sorted(str(path.absolute()) for path in tree.iterdir())
+    run([*inside, "mcopy", "-i", out.name, "-s", "-p", "-m", "-Q", *entries, "::"], env=environment)
     shutil.rmtree(tree)
 
 

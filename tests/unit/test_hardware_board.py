@@ -114,6 +114,7 @@ def test_other_facts_of_a_command_line_as_a_shell_would_have_it():
         ('-device {"driver":', "-device", "not JSON"),
         ('-name "half', "command line", "cannot be taken apart"),
         ("-x " * 3_000_000, "document", "characters"),
+        ("rm -rf /tmp/nothing", "command line", "'rm', which is no QEMU"),
     ],
 )
 def test_a_command_line_that_is_refused(command, field, reason):

@@ -132,6 +132,16 @@ def test_network_files(parts, tmp_path):
     assert checked.returncode == 0
 
 
+@pytest.mark.parametrize("name", ["a b", "$HOME", "b\\c", "-x", "é'\""])
+def test_a_folder_may_have_any_name(name, parts, tmp_path):
+    """mtools, for one, expands variables in the path of an image."""
+    (tmp_path / name).mkdir()
+    parts = replace(parts, work=tmp_path / name)
+    for kind in ("esp", "iso"):
+        media()[kind].make(parts, out := tmp_path / name / f"{kind}.image")
+        assert out.stat().st_size > 1 << 20
+
+
 def test_refusals():
     """P6-20, P6-26: an unknown medium, one that this firmware cannot start, one that Secure Boot would refuse."""
     with pytest.raises(ImageError, match="no medium 'floppy'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -207,6 +208,17 @@ def pieces(tmp_path, *extents):
     *lines, end = data[65536:].rstrip(b"\0").decode().splitlines()
     assert end == "end"
     return [tuple(int(word) for word in line.split()[1:]) for line in lines]
+
+
+def test_where_nobody_can_answer_is_told_before_an_image_is_made():
+    """A port that is taken, and an address that is not of this host."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use"):
+            streaming._need_free("127.0.0.1", port)
+    streaming._need_free("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="203.0.113.7:10809: Cannot assign requested address"):
+        streaming._need_free("203.0.113.7", 10809)
 
 
 def test_pieces_cover_the_disk(tmp_path):

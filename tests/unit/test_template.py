@@ -233,7 +233,8 @@ def test_module_of_another_kernel_is_refused(template, client, plan):
     given = content(client, plan)
     donor = next(template.modules.rglob("dm-mod.ko*"))
     path = plan.load[0]
-    given[path] = modules.plain(donor.name, donor.read_bytes())
+    assert donor.suffix == Path(path).suffix, "both are packed as their release packs them"
+    given[path] = donor.read_bytes()
     with pytest.raises(GuestUnreadable, match=f"for kernel {re.escape(template.release)} and not"):
         make_initrd(template, plan, given, settings_for(plan))
     with pytest.raises(ImageError, match="not those of the plan"):
@@ -480,3 +481,23 @@ def test_failure_in_the_middle_leaves_nothing(template, client, plan, tmp_path, 
     (tmp_path / "x").mkdir()
     with pytest.raises(TargetExists):
         build_image(plan, client.tree(), template, media=["uki"], folder=tmp_path / "x")
+    with pytest.raises(ImageError, match="folder '/proc/x/y' cannot be made"):
+        build_image(plan, client.tree(), template, media=["uki"], folder=Path("/proc/x/y"))
+
+
+def test_the_second_to_end_is_told(template, client, plan, tmp_path, monkeypatch):
+    """Two builds into one folder: neither is mixed with the other."""
+    from images import build
+
+    settle, first = build._settle, []
+
+    def meanwhile(made: Path) -> None:
+        settle(made)
+        if not first:
+            first.append(made)
+            build_image(plan, client.tree(), template, media=["uki"], folder=tmp_path / "x")
+
+    monkeypatch.setattr(build, "_settle", meanwhile)
+    with pytest.raises(TargetExists):
+        build_image(plan, client.tree(), template, media=["uki"], folder=tmp_path / "x")
+    assert [one.name for one in tmp_path.iterdir()] == ["x"] and list((tmp_path / "x").glob("*.efi"))

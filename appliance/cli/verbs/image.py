@@ -60,6 +60,7 @@ _WHEN = click.option(
 _TARGET = click.option("--target", required=True, metavar="NAME", help="The hardware that it is for.")
 _TEMPLATE = click.option("--template", default="", metavar="ID", help="The template (default: the newest).")
 _FILE = click.Path(path_type=Path, exists=True)
+_DOCUMENT = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.group("image", no_args_is_help=False, short_help="Bootable images of a point, for other hardware.")
@@ -83,10 +84,10 @@ def target_command() -> None:
 @verb("add", ConnectError, DomainNotFound, BadInventory, AlreadyExists, ToolFailed, WrongKey)
 @click.argument("name", required=False)
 @click.option("--domain", metavar="DOMAIN", help="A libvirt domain's.")
-@click.option("--xml", type=_FILE, metavar="FILE", help="What a libvirt domain of this XML would have.")
-@click.option("--qemu", type=_FILE, metavar="FILE", help="What this QEMU command line would have.")
-@click.option("--script", type=_FILE, metavar="FILE", help="A machine's: what `image target script` printed on it.")
-@click.option("--redfish", type=_FILE, metavar="FILE", help="A machine's: a document of its management controller.")
+@click.option("--xml", type=_DOCUMENT, metavar="FILE", help="What a libvirt domain of this XML would have.")
+@click.option("--qemu", type=_DOCUMENT, metavar="FILE", help="What this QEMU command line would have.")
+@click.option("--script", type=_DOCUMENT, metavar="FILE", help="A machine's: what `image target script` printed on it.")
+@click.option("--redfish", type=_DOCUMENT, metavar="FILE", help="A machine's: a document of its management controller.")
 @click.option("--profile", metavar="KIND", help="A kind of machine that is known (`image target profiles`).")
 @click.option("--replace", is_flag=True, help="Put it in the place of the target that has the name now.")
 def _target_add(context: Context, name: str | None, replace: bool, domain: str | None, **sources: Any) -> None:
@@ -101,7 +102,7 @@ def _target_add(context: Context, name: str | None, replace: bool, domain: str |
         kind, value = next(iter(given.items()))
         inventory = _inventory(kind, value, definition, name or "")
         if kind == "xml":
-            definition = value.read_text()
+            definition = _text(value)
         kept = targets.add(session, inventory, definition, replace)
     lines = [f"target {kept.inventory.name} is kept: {_hardware(kept.inventory)}", *_notes(kept.inventory)]
     _emit_target(context, kept, "\n".join(lines))
@@ -116,13 +117,20 @@ def _inventory(kind: str, value: Any, definition: str, name: str) -> Inventory:
 
     sources: dict[str, Callable[[], Inventory]] = {
         "domain": lambda: hardware.from_xml(definition, target=name, source="libvirt"),
-        "xml": lambda: hardware.from_xml(value.read_text(), target=name),
-        "qemu": lambda: hardware.from_qemu(value.read_text(), target=name),
-        "script": lambda: hardware.from_script_output(value.read_text(), target=name),
-        "redfish": lambda: hardware.from_redfish(value.read_text(), target=name),
+        "xml": lambda: hardware.from_xml(_text(value), target=name),
+        "qemu": lambda: hardware.from_qemu(_text(value), target=name),
+        "script": lambda: hardware.from_script_output(_text(value), target=name),
+        "redfish": lambda: hardware.from_redfish(_text(value), target=name),
         "profile": lambda: hardware.profile(value, target=name),
     }
     return sources[kind]()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(reason=f"{path} cannot be read as text: {error}") from error
 
 
 @verb("list", WrongKey)

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from images.model import Inventory
 from images.settle.choice import After
 
 if TYPE_CHECKING:
-    from appliance.hypervisor.base import Domain
+    from appliance.hypervisor.base import Domain, Hypervisor
 
 __all__ = ["Running", "Started", "follow", "forget", "listing", "resume", "running", "start"]
 
@@ -118,6 +118,7 @@ def _start(
     fit = Sizes(disks, sizes)
     places = wanted_disks(found.definition, len(disks), name)
     addresses = _addresses(found.definition, name, new_macs)
+    shared = _shared(hypervisor, addresses)
     inventory = _with_macs(found.inventory, addresses)
     folder = Path(os.path.abspath(folder))
     with ExitStack() as undo:
@@ -132,7 +133,7 @@ def _start(
         undo.pop_all()
     return Started(
         name, new.uuid, point.id, target, {place: folder / f"{name}-{place}.qcow2" for place in places}, folder,
-        time.monotonic() - began, made.planned.plan.warnings,
+        time.monotonic() - began, (*made.planned.plan.warnings, *shared),
     )  # fmt: skip
 
 
@@ -206,7 +207,8 @@ def forget(session: Session, name: str) -> None:
         there = False
     if there and found.phase != "done":
         reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
-        raise ConfigError(reason=reason, hint=f"wait until `rewind image list` says done, or `virsh undefine {name}`")
+        hint = f"wait until `rewind image list` says done, or `virsh undefine --nvram {name}`"
+        raise ConfigError(reason=reason, hint=hint)
     hydrate.tidy(session.home, name)
 
 
@@ -229,6 +231,16 @@ def _addresses(definition: str, name: str, new: bool) -> list[str]:
     return [
         _mac(f"{name} {number}") if new or not found else found for number, found in enumerate(macs(definition, name))
     ]
+
+
+def _shared(hypervisor: Hypervisor, addresses: Sequence[str]) -> list[str]:
+    """Told of each address that another domain has as well: both on one network would lose each other's packets."""
+    told = []
+    for other in hypervisor.domains():
+        with suppress(DomainNotFound, NotSupported):  # gone since it was listed
+            for one in sorted({*macs(hypervisor.domain(other).definition(), other)} & {*addresses}):
+                told.append(f"domain {other!r} has the MAC {one} as well: `--new-macs` gives this one others")
+    return told
 
 
 def _mac(text: str) -> str:

@@ -15,6 +15,7 @@ import ipaddress
 import os
 import re
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,6 +124,7 @@ def serve(
     identity = f"rewind-{uuid.uuid4().hex[:16]}"
     certificates = Certificates({}, {}) if choices.insecure else make_certificates(identity)
     host, port = _place(choices.listen, "--listen")
+    _need_free(host, port)
     order = server.Order(
         name, identity, str(uuid.uuid4()), point.id, target, session.spec.to_json(),
         {one.disk: one.map for one in choose(point, ())}, host, port, not choices.insecure, choices.mode,
@@ -204,6 +206,19 @@ def _place(text: str, option: str) -> tuple[str, int]:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(reason=f"{option}: {port!r} is no port", hint="10.0.0.5:10809")
     return address, int(port)
+
+
+def _need_free(host: str, port: int) -> None:
+    """Raises ConfigError when we cannot answer there: told before an image is made that leads to it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            hint = "`ip -brief address` lists this host's addresses, `ss -ltn` the ports that are taken"
+            reason = f"--listen: nobody can answer at {host}:{port}: {error.strerror}"
+            raise ConfigError(reason=reason, hint=hint) from None
 
 
 def _extents(session: Session, point: Point) -> dict[str, Iterable[Extent]]:
