@@ -217,7 +217,7 @@ def test_where_nobody_can_answer_is_told_before_an_image_is_made():
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use"):
             streaming._need_free("127.0.0.1", port)
     streaming._need_free("127.0.0.1", port)
-    with pytest.raises(ConfigError, match="203.0.113.7:10809: Cannot assign requested address"):
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.7:10809: Cannot assign requested address"):
         streaming._need_free("203.0.113.7", 10809)
 
 
