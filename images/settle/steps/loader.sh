@@ -254,25 +254,28 @@ entry() {
     efibootmgr -v >"$RW_HERE/entries" 2>/dev/null || { no_entry="the firmware keeps no entries (efivars)" && return 0; }
     uuid=$(lsblk -ndo PARTUUID "$partition")
     path=$(esp_path "$loader")
-    if grep -iF -- "$uuid" "$RW_HERE/entries" | grep -qiF -- "$path"; then
-        entered=1
-        say "the firmware has an entry for $path"
-        return 0
-    fi
     order=$(sed -n 's/^BootOrder: *//p' "$RW_HERE/entries")
     number=$(cat "/sys/class/block/${partition##*/}/partition")
-    if try efibootmgr -q --create-only --disk "/dev/$disk" --part "$number" --label "${vendor:-linux}" \
-        --loader "$path" && efibootmgr -v >"$RW_HERE/entries.new"; then
-        made=$(grep '^Boot[0-9A-F]\{4\}' "$RW_HERE/entries.new" | grep -iF -- "$uuid" | grep -iF -- "$path" | head -n 1)
-        made=$(printf '%s' "$made" | cut -c5-8)
-        [ -n "$made" ] && try efibootmgr -q --bootorder "${order:+$order,}$made" && entered=1
+    made=$(entry_of "$RW_HERE/entries") an=an
+    if [ -z "$made" ]; then
+        an="a new"
+        try efibootmgr -q --create-only --disk "/dev/$disk" --part "$number" --label "${vendor:-linux}" \
+            --loader "$path" && efibootmgr -v >"$RW_HERE/entries.new" && made=$(entry_of "$RW_HERE/entries.new")
     fi
+    # One that a cut left out of the order is as good as none.
+    case ,$order, in
+        *,"${made:-none}",*) entered=1 ;;
+        *) [ -n "$made" ] && try efibootmgr -q --bootorder "${order:+$order,}$made" && entered=1 ;;
+    esac
     if [ -n "$entered" ]; then
-        say "the firmware has a new entry for $path"
+        say "the firmware has $an entry for $path"
     else
         say "$no_entry: $path is not in its list"
     fi
 }
+
+# The number of the entry that starts `path` from the partition `uuid`; empty when there is none.
+entry_of() { grep '^Boot[0-9A-F]\{4\}' "$1" | grep -iF -- "$uuid" | grep -iF -- "$path" | head -n 1 | cut -c5-8; }
 
 # An EFI system partition at the end of the room that the disk has left. The table as it was is kept, and put back if it
 # fails. Sets `partition`.
