@@ -48,7 +48,6 @@ __all__ = [
     "Hydration", "Order", "folder", "launch", "load", "names", "needed", "socket_path", "state", "tidy", "unfinished",
 ]  # fmt: skip
 
-_KIND = "images"
 _TICK = 0.5
 _START = 30.0
 _AGAIN = 5.0
@@ -94,10 +93,10 @@ class Order:
 
 # --- for everybody --------------------------------------------------------------------------------------------------
 
-
-def folder(home: Home, name: str) -> Path:
-    """What is kept for that domain. Raises ConfigError as `outliving.folder`."""
-    return outliving.folder(home, _KIND, name)
+# All domains that were brought up from a home: their orders and how they stand.
+_KIND = outliving.Kind("images", "appliance.restore.hydrate", Order.from_json)
+folder, names, load, state = _KIND.folder, _KIND.names, _KIND.load, _KIND.state
+unfinished, needed = _KIND.unfinished, _KIND.needed
 
 
 def socket_path(home: Home, uuid: str) -> Path:
@@ -105,39 +104,12 @@ def socket_path(home: Home, uuid: str) -> Path:
     return home.run(uuid) / "image.sock"
 
 
-def names(home: Home) -> list[str]:
-    """Of all domains that were brought up from this home and are not tidied away."""
-    return outliving.names(home, _KIND)
-
-
-def load(home: Home, name: str) -> Order | None:
-    """Raises ConfigError as `outliving.folder`."""
-    found = outliving.order(home, _KIND, name)
-    return None if found is None else Order.from_json(found)
-
-
-def state(home: Home, name: str) -> dict[str, Any]:
-    """The state file; empty if there is none."""
-    return outliving.state(home, _KIND, name)
-
-
-def unfinished(home: Home) -> list[str]:
-    """Domains whose disks are not their own yet."""
-    return outliving.unfinished(home, _KIND)
-
-
-def needed(home: Home) -> dict[str, str]:
-    """Points that domains still read their disks from → one such domain."""
-    orders = {name: load(home, name) for name in unfinished(home)}
-    return {order.point: name for name, order in orders.items() if order is not None}
-
-
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
     """Write the order down and start the process; its view can be read when this returns. May be repeated. Raises
     RestoreError with the reason when there is no view in time; the process goes on trying then."""
-    outliving.start(home, _KIND, order.domain, order.to_json(), "appliance.restore.hydrate", settings_file)
-    outliving.await_state(
-        home, _KIND, order.domain, lambda found: lives(found.get("view", "")), _START, "the view"
+    _KIND.start(home, order.domain, order, settings_file)
+    _KIND.await_state(
+        home, order.domain, lambda found: lives(found.get("view", "")), _START, "the view"
     )  # fmt: skip
 
 

@@ -54,7 +54,6 @@ __all__ = [
     "unfinished",
 ]  # fmt: skip
 
-_KIND = "streams"
 _TICK = 0.5
 _START = 60.0
 # After the last word of the machine, which it has to hear an answer to.
@@ -98,37 +97,10 @@ class Order:
 
 # --- for everybody --------------------------------------------------------------------------------------------------
 
-
-def folder(home: Home, name: str) -> Path:
-    """What is kept for that session. Raises ConfigError as `outliving.folder`."""
-    return outliving.folder(home, _KIND, name)
-
-
-def names(home: Home) -> list[str]:
-    """Of all sessions of this home that are not tidied away."""
-    return outliving.names(home, _KIND)
-
-
-def load(home: Home, name: str) -> Order | None:
-    """Raises ConfigError as `outliving.folder`."""
-    found = outliving.order(home, _KIND, name)
-    return None if found is None else Order.from_json(found)
-
-
-def state(home: Home, name: str) -> dict[str, Any]:
-    """The state file; empty if there is none."""
-    return outliving.state(home, _KIND, name)
-
-
-def unfinished(home: Home) -> list[str]:
-    """Sessions whose machines are not alone yet, or have not come."""
-    return outliving.unfinished(home, _KIND)
-
-
-def needed(home: Home) -> dict[str, str]:
-    """Points that machines still read their disks from → one such session."""
-    orders = {name: load(home, name) for name in unfinished(home)}
-    return {order.point: name for name, order in orders.items() if order is not None}
+# All sessions of a home: their orders and how they stand.
+_KIND = outliving.Kind("streams", "appliance.restore.serve", Order.from_json)
+folder, names, load, state = _KIND.folder, _KIND.names, _KIND.load, _KIND.state
+unfinished, needed = _KIND.unfinished, _KIND.needed
 
 
 def phase_of(home: Home, name: str) -> str:
@@ -158,8 +130,8 @@ def prepare(home: Home, order: Order, certificates: Mapping[str, bytes]) -> Path
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
     """Write the order down and start the process; machines can connect when this returns. May be repeated. Raises
     RestoreError with the reason when nobody answers in time; the process goes on trying then."""
-    outliving.start(home, _KIND, order.name, order.to_json(), "appliance.restore.serve", settings_file)
-    outliving.await_state(home, _KIND, order.name, _is_ready, _START, "the server")
+    _KIND.start(home, order.name, order, settings_file)
+    _KIND.await_state(home, order.name, _is_ready, _START, "the server")
 
 
 def _socket(home: Home, uuid: str) -> Path:

@@ -59,5 +59,5 @@ def test_a_state_of_before_is_no_answer(home):
     old = {"ready": True, "phase": "waiting", "key": "1:0", "error": "no repository"}
     outliving.write_state(serve.folder(home, "rack"), old)
     with pytest.raises(RestoreError, match="the server of 'rack' does not start: no repository"):
-        outliving.await_state(home, "streams", "rack", serve._is_ready, 0.1, "the server")
+        serve._KIND.await_state(home, "rack", serve._is_ready, 0.1, "the server")
     assert serve._is_ready({**old, "key": process_key(os.getpid())})
