@@ -217,7 +217,7 @@ def _new_file(target: Path) -> Iterator[Path]:
         yield hidden
         os.replace(hidden, target)
         _sync(target.parent)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: half an image must not be taken for one
         hidden.unlink(missing_ok=True)
         target.unlink(missing_ok=True)
         raise

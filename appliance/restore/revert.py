@@ -283,7 +283,7 @@ class Reverter:
             if state is DomainState.SHUTOFF:
                 return self._switch_offline(intent, point, parts)
             return self._switch_online(intent, point, parts)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: nobody but us knows that nothing has begun
             self._give_up()
             raise
 
@@ -428,7 +428,7 @@ class Reverter:
         graph.switch(monitor, chains)
         try:
             graph.power_cycle(monitor)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the guest must not go on with chains that nobody drives
             graph.unswitch(monitor, chains)
             raise
 

@@ -79,8 +79,7 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
         try:
             self.close()
-        except Exception:
-            # The first error is the one to tell; letting go of a dead libvirt may well fail again.
+        except Exception:  # the first error is the one to tell; letting go of a dead libvirt may well fail again
             if kind is None:
                 raise
             log.warning("closing failed as well", exc_info=True)

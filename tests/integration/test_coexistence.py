@@ -4,7 +4,8 @@ Of every action: the tool succeeds and what it made is right, or fails with libv
 our epoch is one instant and so is the next; at the end a point of the quiet guest is byte for byte what is in the
 images, nothing of ours is left in the graph, no I/O error was seen in the guest, and no write of it waited long.
 
-The guest is shared by the tests of this file as long as they succeed: its start costs more than what they do with it.
+Long on purpose: the guest is shared by the tests of this file as long as they succeed, and its start costs more than
+what they do with it.
 """
 
 from __future__ import annotations

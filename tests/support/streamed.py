@@ -52,20 +52,20 @@ export PATH=/bin
 /bin/busybox --install -s /bin
 echo "root: $(grep ' / ' /proc/mounts | tail -n 1)"
 for nic in /sys/class/net/*; do echo "nic: ${nic##*/}"; done
-mkdir -p /work
-for file in /work/*; do [ ! -f "$file" ] || echo "found ${file##*/} $(md5sum <"$file" | cut -d' ' -f1)"; done
+mkdir -p /data
+for file in /data/*; do [ ! -f "$file" ] || echo "found ${file##*/} $(md5sum <"$file" | cut -d' ' -f1)"; done
 echo up
 touch /run/rewind/booted 2>/dev/null
-number=$(ls /work | wc -l)
+number=$(ls /data | wc -l)
 least=$((number + 3))
 while [ "$number" -lt "$least" ] || [ ! -e /run/rewind/gone ]; do
     number=$((number + 1))
-    dd if=/dev/urandom of=/work/$number bs=16k count=4 2>/dev/null && sync || echo "write of $number: failed"
-    sum=$(md5sum </work/$number | cut -d' ' -f1)
+    dd if=/dev/urandom of=/data/$number bs=16k count=4 2>/dev/null && sync || echo "write of $number: failed"
+    sum=$(md5sum </data/$number | cut -d' ' -f1)
     echo "wrote $number $sum"
     [ "$number" -lt 60 ] || sleep 2
     echo 3 >/proc/sys/vm/drop_caches
-    [ "$(md5sum </work/$number | cut -d' ' -f1)" = "$sum" ] || echo "read of $number: another content"
+    [ "$(md5sum </data/$number | cut -d' ' -f1)" = "$sum" ] || echo "read of $number: another content"
     sleep 0.3
 done
 dmesg | grep -E 'EXT4-fs (error|warning)|Buffer I/O error on dev dm|Remounting' | sed 's/^/trouble: /'

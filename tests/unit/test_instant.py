@@ -67,6 +67,13 @@ class Captured:
         if seal:
             self.scribe.seal()
 
+    def minutes(self, count: int) -> None:
+        """So many minutes of six writes each, every minute a segment, all confirmed."""
+        self.scribe.step = 10 * SECOND
+        for _ in range(count):
+            self.write(6)
+        self.confirm()
+
     def confirm(self, time: datetime | None = None) -> None:
         at = time or datetime.fromtimestamp(self.scribe.wall // SECOND, UTC)
         self.ledger.confirmed(self.journal, self.scribe.sequence, at)

@@ -23,11 +23,8 @@ def captured():
     """Eight minutes of six writes each, shipped; then the capture has ended."""
     with tempfile.TemporaryDirectory(prefix="rw-") as folder:
         found = Captured(Path(folder) / "home")
-        found.scribe.step = 10 * 10**9
         with found.session:
-            for _ in range(8):
-                found.write(6)
-            found.confirm()
+            found.minutes(8)
             found.ledger.ended(found.journal, 48, TEN + timedelta(minutes=8), "not protected any more")
             spool = found.home.spool(UUID)
             Shipper(found.session.repository, UUID, spool, ledger=found.ledger).once()

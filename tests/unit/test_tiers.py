@@ -168,11 +168,8 @@ class Spool:
 def captured():
     with tempfile.TemporaryDirectory(prefix="rw-") as folder:
         captured = Captured(Path(folder) / "home")
-        captured.scribe.step = 10 * 10**9
         with captured.session:
-            for _ in range(8):
-                captured.write(6)  # a minute
-            captured.confirm()
+            captured.minutes(8)
             yield captured
 
 

@@ -1,7 +1,8 @@
 """Every line that `--json` can print, one dataclass each: the machine's side of the command line.
 
 `JSON.md` documents them field by field, and a test compares the two. Fields are only added, never renamed or removed;
-a reader ignores those it does not know. Sizes are bytes, durations seconds, times ISO 8601 in UTC.
+a reader ignores those it does not know. That they repeat what services return is on purpose: that may change. Sizes are
+bytes, durations seconds, times ISO 8601 in UTC.
 
 Each area's are loaded when one of them is first used: making fifty classes takes a fifth of the time in which a verb
 begins, and it needs a few.

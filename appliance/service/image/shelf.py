@@ -73,7 +73,7 @@ class Shelf:
             self.fetch(name, file)
             try:
                 unpack(file, where)
-            except Exception:
+            except Exception:  # whatever it is, a folder that is there is the work of another one who was faster
                 if not where.exists():
                     raise
         return where

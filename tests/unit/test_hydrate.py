@@ -1,0 +1,79 @@
+"""When a domain that runs from a view is alone; tests/integration/test_image.py does it with a guest."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from urllib.parse import quote
+
+import pytest
+
+from appliance.config import Home, Settings, write_json
+from appliance.hypervisor.base import Disk, DomainState
+from appliance.model import MapRef
+from appliance.restore import hydrate
+
+UUID = "11111111-2222-3333-4444-555555555555"
+
+
+class Domain:
+    """Of libvirt; answers what a step asks. Its pulls end at once."""
+
+    def __init__(self, state=DomainState.RUNNING, nodes=(), backed=False, source=""):
+        self._state, self._nodes, self._backed, self._source = state, nodes, backed, source
+
+    def state(self):
+        return self._state
+
+    def backed(self, _target):
+        return self._backed
+
+    def disks(self):
+        return [Disk("sda", self._source, "qcow2", 1 << 20)]
+
+    def monitor(self):
+        return SimpleNamespace(execute=lambda _command, **_: [{"file": one} for one in self._nodes])
+
+    def pull(self, _target, _rate):
+        pass
+
+    def pulling(self, _target):
+        return None
+
+    def undefine(self):
+        raise AssertionError("nobody asks for that")
+
+
+@pytest.fixture
+def hydration(tmp_path):
+    home = Home(tmp_path)
+    order = hydrate.Order(
+        "twin", UUID, "qemu:///system", "p", "{}", {"vda": MapRef(b"", 1 << 20)}, {"sda": "vda"}, None, 0, "/image"
+    )  # fmt: skip
+    hydrate.folder(home, "twin").mkdir(parents=True)
+    write_json(hydrate.folder(home, "twin") / "order.json", order.to_json())
+    return hydrate.Hydration(home, "twin", Settings())
+
+
+def stepped(hydration, domain):
+    hydration._hypervisor = SimpleNamespace(domain=lambda _uuid: domain)
+    return hydration._step()
+
+
+def test_it_is_alone_when_qemu_itself_has_closed_the_view(hydration, tmp_path):
+    """libvirt calls the disk alone a moment earlier, and a view that went then would have QEMU wait for it."""
+    place = hydrate.socket_path(Home(tmp_path), UUID)
+    for name in (place, quote(str(place))):
+        seen = stepped(hydration, Domain(nodes=["/images/sda.qcow2", f"nbd+unix:///vda?socket={name}"]))
+        assert (seen.phase, seen.left) == ("pulling", ())
+    others = ["/images/sda.qcow2", f"nbd+unix:///vda?socket={place}.other"]
+    assert stepped(hydration, Domain(nodes=others)).phase == "done"
+    assert stepped(hydration, Domain(state=DomainState.SHUTOFF)).phase == "done"
+
+
+def test_a_full_file_system_is_told(hydration, tmp_path, monkeypatch):
+    """QEMU's job ends without a word that anybody can still ask for."""
+    domain = Domain(backed=True, source=str(tmp_path / "sda.qcow2"))
+    assert stepped(hydration, domain).error == ""
+    monkeypatch.setattr(hydrate.os, "statvfs", lambda _path: SimpleNamespace(f_bavail=3, f_frsize=1 << 20))
+    seen = stepped(hydration, domain)
+    assert seen.phase == "pulling" and seen.error == f"{tmp_path}/sda.qcow2: no space is left on its file system"
