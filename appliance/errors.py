@@ -376,7 +376,7 @@ class NoSuchTarget(ImageError):
 
 class NoSuchTemplate(ImageError):
     exit_code = 62
-    template = "there is no template {template_name!r}"
+    template = "there is no template {called}"
     default_hint = "`rewind image template build` makes one"
 
 

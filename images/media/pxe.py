@@ -31,7 +31,7 @@ Give each loader the file that is for it, by TFTP or HTTP:
   pxelinux.cfg/default    pxelinux
   grub/grub.cfg           GRUB's network image
 
-vmlinuz and initrd are what the last three start.
+vmlinuz and initrd are what the last three start. A server that runs as another user must be let in: chmod -R a+rX .
 """
 
 

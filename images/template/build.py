@@ -113,7 +113,7 @@ def load_template(folder: Path, *, check: bool = False) -> Template:
     try:
         manifest = Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise NoSuchTemplate(template_name=folder.name) from None
+        raise NoSuchTemplate(template_name=folder.name, called=repr(folder.name)) from None
     except (ValidationError, json.JSONDecodeError) as error:
         raise ImageError(reason=f"template {folder.name!r} has a damaged {_MANIFEST}: {error}") from error
     if check and content_id(folder) != manifest.id:

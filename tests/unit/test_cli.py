@@ -266,7 +266,7 @@ WITHOUT_HOME = [
     ("status",), ("points", "web"), ("protect", "web"), ("unprotect", "web"), ("point", "web"),
     ("revert", "web", "--to", "latest", "--yes"), ("undo", "web", "--yes"), ("resume",), ("diff", "web", "a", "b"),
     ("export", "web", "--at", "latest"), ("restore", "web", "--at", "latest", "--into", "x"), ("check",), ("gc",),
-    ("forget", "--keep-last", "1"), ("key", "show"), ("daemon",),
+    ("forget", "--keep-last", "1"), ("key", "show"), ("daemon",), ("image", "list"),
 ]  # fmt: skip
 
 

@@ -336,7 +336,7 @@ def test_a_point_that_does_not_boot_is_told(session, monkeypatch):
     assert [(one.kind, one.detail) for one in events] == [("failed", "p1 did not boot: no kernel was seen to start")]
 
 
-@pytest.mark.parametrize("error", [NoSuchTemplate(template_name="latest"), ZeroDivisionError("bug")])
+@pytest.mark.parametrize("error", [NoSuchTemplate(template_name="ff", called="'ff'"), ZeroDivisionError("bug")])
 def test_a_test_that_cannot_be_made_is_tried_later(session, monkeypatch, error):
     events, pretended = [], Rehearsals(monkeypatch, error)
     daemon = rehearsed(session, events)

@@ -447,6 +447,7 @@ def _list(context: Context) -> None:
     from appliance.service.image import starting, streaming
 
     with context.session() as session:
+        session.instance  # noqa: B018  a folder that is no home has brought up nothing either, and must not look the same
         found, served = starting.listing(session), streaming.listing(session)
     for one in found:
         emit_running(context, one)

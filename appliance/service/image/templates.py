@@ -58,7 +58,7 @@ def opened(session: Session, name: str = "") -> Template:
     """The template of that id, or enough of its beginning; the newest without a name. Raises NoSuchTemplate."""
     fitting = [one for one in listing(session) if one.id.startswith(name)]
     if not fitting or (name and len(fitting) > 1):
-        raise NoSuchTemplate(template_name=name or "latest")
+        raise NoSuchTemplate(template_name=name, called=repr(name) if name else "in this repository yet")
     chosen = fitting[-1].id
     where = session.home.cache / _KIND / chosen
     return build.load_template(Shelf(session, _KIND).have(chosen, where, pack.unpack))
@@ -67,7 +67,7 @@ def opened(session: Session, name: str = "") -> Template:
 def remove(session: Session, name: str) -> None:
     """Raises NoSuchTemplate. Images that were made from it go on working."""
     if _find(session, name) is None:
-        raise NoSuchTemplate(template_name=name)
+        raise NoSuchTemplate(template_name=name, called=repr(name))
     Shelf(session, _KIND).remove(name)
 
 
