@@ -18,7 +18,7 @@ from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
-from appliance.errors import SequenceMissing
+from appliance.errors import SegmentCorrupt, SequenceMissing
 from appliance.journal import Journal
 
 if TYPE_CHECKING:
@@ -43,15 +43,32 @@ class Range:
 
 
 def reading(repo: Repository, spool: Path, cache: Path, wanted: Range, work: Callable[[Journal], T]) -> T:
-    """What `work` makes of the records: read from the spool, or from what was shipped where that was forgotten here,
-    also while `work` was at it (it begins again then). Raises SequenceMissing when they are nowhere, and as `work`."""
+    """What `work` makes of the records: read from the spool, or from what was shipped where that was forgotten here, or
+    is damaged, also while `work` was at it (it begins again then). Raises SequenceMissing when they are nowhere,
+    SegmentCorrupt when they are damaged here and were not shipped, and as `work`."""
+    damage: SegmentCorrupt | None = None
     if spool.is_dir():
         with Journal(spool) as journal:
-            if _holds(journal, wanted):
-                with suppress(SequenceMissing):
+            try:
+                if _holds(journal, wanted):
                     return work(journal)
-    with _collected(repo, spool, cache, wanted) as journal:
-        return work(journal)
+            except SequenceMissing:
+                pass
+            except SegmentCorrupt as error:
+                damage = error
+    try:
+        with _collected(repo, spool, cache, wanted, _number(damage)) as journal:
+            return work(journal)
+    except SequenceMissing:
+        if damage is not None:
+            raise damage from None
+        raise
+
+
+def _number(damage: SegmentCorrupt | None) -> int:
+    """With which record the damaged segment begins; 0 for none."""
+    name = "" if damage is None else Path(damage.fields["path"]).name[:20]
+    return int(name) if name.isdecimal() else 0
 
 
 def _holds(journal: Journal, wanted: Range) -> bool:
@@ -64,19 +81,20 @@ def _holds(journal: Journal, wanted: Range) -> bool:
 
 
 @contextmanager
-def _collected(repo: Repository, spool: Path, cache: Path, wanted: Range) -> Iterator[Journal]:
-    """A journal of what was shipped and of what is only here, in a folder that goes afterwards."""
+def _collected(repo: Repository, spool: Path, cache: Path, wanted: Range, damaged: int) -> Iterator[Journal]:
+    """A journal of what was shipped and of what is only here, in a folder that goes afterwards. Of what is here only
+    segments behind the `damaged` one count: there must be no hole."""
     from appliance.capture.ship import fetch
 
     sweep(cache)
     with TemporaryDirectory(dir=cache, prefix=_PREFIX) as folder:
         shipped, fetched = Path(folder, "shipped"), wanted.after
-        _link(spool, folder, wanted.upto)
+        _link(spool, folder, wanted.upto, damaged)
         # What could only be named by its path may be forgotten while what is missing is fetched.
         while fetched < (until := min(wanted.upto, (_first_here(Path(folder), wanted) or wanted.upto + 1) - 1)):
             fetch(repo, wanted.uuid, wanted.journal, shipped, wanted.after, until).close()
             fetched = until
-        _link(shipped, folder, wanted.upto)
+        _link(shipped, folder, wanted.upto, 0)
         with Journal(Path(folder)) as journal:
             yield journal
 
@@ -99,11 +117,13 @@ def _first_here(folder: Path, wanted: Range) -> int | None:
     return None
 
 
-def _link(source: Path, folder: str, upto: int) -> None:
-    """All that begins by then; the newest first: the oldest are forgotten first, and there must be no hole."""
+def _link(source: Path, folder: str, upto: int, after: int) -> None:
+    """All that begins by then, and behind `after`; the newest first: the oldest are forgotten first, and there must be
+    no hole."""
     for path in sorted(source.glob("0*"), reverse=True):
         link = Path(folder, path.name)
-        if path.suffix not in (".rwj", ".open") or int(path.name[:20]) > upto or link.exists():
+        first = int(path.name[:20])
+        if path.suffix not in (".rwj", ".open") or not after < first <= upto or link.exists():
             continue
         link.unlink(missing_ok=True)
         try:

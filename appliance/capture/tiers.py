@@ -77,13 +77,13 @@ def step_for(used: float, behind: float) -> int:
 
 def plan(
     points: Sequence[Made], spans: Sequence[CapturedSpan], tiers: Tiers, now: datetime, *,
-    used: float = 0.0, done: datetime | None = None,
+    used: float = 0.0, done: datetime | None = None, step: int | None = None,
 ) -> Plan:  # fmt: skip
     """What is to be made and what may go. `done`: up to then every point was made, also where nothing was written and
-    none is to be seen."""
+    none is to be seen. `step` in seconds is chosen by how far behind that is and how full the spool, unless given."""
     open_from = max((at for span in spans if (at := _made_until(span, points, done))), default=None)
     behind = (spans[-1].end - open_from).total_seconds() if open_from else 0.0
-    step = step_for(used, behind)
+    step = step or step_for(used, behind)
     make = [one for span in spans for one in _missing(span, points, tiers, now, step, done)]
     return Plan(step, tuple(make), tuple(_no_more(points, spans, tiers, now)))
 

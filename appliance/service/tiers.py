@@ -13,7 +13,7 @@ import logging
 import threading
 import time as clock
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ _TELLING = threading.Lock()
 _WORDS = {60: "a point for each minute", 300: "a point for each 5 minutes", 3600: "a point for each hour"}
 # Seconds between two points, and whether the spool forgets what is young: how it is when nothing else is on record.
 _FINE = [60, False]
+# Fifty years, in seconds: of a capture that is over no hour is too old.
+_FOR_EVER = 50 * 366 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class Outcome:
     """What one run did. `left` points are still to be made; `step` seconds lie between two; `freed` bytes of the spool.
     `expired` says up to which number of each journal no tier wants records any more, also in the repository: for
     `ship.retire`, and for `Shipper.once(after=)` of the one that is being written. `damaged`: a record of the running
-    span cannot be read, so nothing later can be reached until there is another point to count from."""
+    span cannot be read, so nothing later can be reached until there is another point to count from. `unmade`: for so
+    many instants that were due there is no point."""
 
     made: int
     left: int
@@ -67,22 +70,24 @@ class Outcome:
     freed: int
     expired: dict[str, int]
     damaged: bool = False
+    unmade: int = 0
 
 
 def run(
     session: Session, record: Protection | Journaled, budget_seconds: float, *, control: Control | None = None,
-    shipped: int | None = None, now: datetime | None = None, full: bool = False, drop: bool = True,
+    shipped: int | None = None, now: datetime | None = None, full: bool = False, ended: bool = False,
 ) -> Outcome:  # fmt: skip
     """One pass over the domain; ends at about the budget, in the middle of nothing. For one thread of the tap process.
 
     `control` None: the running tap's, if there is one. `shipped` is the number up to which the repository has what the
     spool has, None when nothing is shipped; `full` says that the spool had to forget meanwhile, for want of room.
-    Without `drop` the points stay that no tier keeps.
+    `ended`: the capture is over, so there is nothing to keep up with and nobody to tell; points come for whatever is
+    left of it, each minute or hour by its age, and no point goes.
 
     Raises what the store raises, JournalError and its kin; the next run goes on.
     """
     work = _Run(session, record, control or _control(session, record.uuid), shipped, now, full)
-    return work.go(budget_seconds, drop)
+    return work.ended(budget_seconds) if ended else work.go(budget_seconds)
 
 
 def press(home: Home, uuid: str, used: float) -> None:
@@ -131,22 +136,36 @@ class _Run:
         self._state = _load(self._path)
         used = share(self._control)
         self._used = max(used, tiers.FULL) if full else used
-        self._damaged = False
+        self._damaged, self._unmade = False, 0
 
-    def go(self, budget: float, drop: bool) -> Outcome:
+    def go(self, budget: float) -> Outcome:
         until = clock.monotonic() + budget
         plan = tiers.plan(self._points, self._spans, self._tiers, self._now, used=self._used, done=self._done())
         self._tell(plan.step)
-        made = left = 0
+        made, left = self._make_all(plan, until, keep=True)
+        freed = self._forget()
+        dropped = self._drop(plan.drop, until)
+        return Outcome(made, left, plan.step, dropped, freed, self._expired(self._done()), self._damaged, self._unmade)
+
+    def ended(self, budget: float) -> Outcome:
+        """Of a capture that is over."""
+        until = clock.monotonic() + budget
+        kept = replace(self._tiers, hours=_FOR_EVER)
+        # What was tried before and failed is not taken for done: only points that exist stand for records.
+        plan = tiers.plan(self._points, self._spans, kept, self._now, step=tiers.MINUTE)
+        made, left = self._make_all(plan, until, keep=False)
+        return Outcome(made, left, plan.step, 0, 0, self._expired(None), self._damaged, self._unmade)
+
+    def _make_all(self, plan: tiers.Plan, until: float, keep: bool) -> tuple[int, int]:
+        """(points that came into being, how many are left). `keep`: what cannot be made is not tried again."""
+        made = 0
         for number, wanted in enumerate(plan.make):
             if clock.monotonic() >= until:
-                left = len(plan.make) - number
-                break
+                return made, len(plan.make) - number
             made += self._make(wanted)
-            self._keep(done=wanted.time.isoformat())
-        freed = self._forget()
-        dropped = self._drop(plan.drop if drop else (), until)
-        return Outcome(made, left, plan.step, dropped, freed, self._expired(), self._damaged)
+            if keep:
+                self._keep(done=wanted.time.isoformat())
+        return made, 0
 
     def _done(self) -> datetime | None:
         return datetime.fromisoformat(self._state["done"]) if "done" in self._state else None
@@ -158,6 +177,7 @@ class _Run:
         except (InGap, NoSuchPoint, SegmentCorrupt, SequenceMissing) as error:
             _log.warning("%s: no point of %s: %s", self._record.domain, wanted.time.isoformat(), error)
             self._damaged |= isinstance(error, SegmentCorrupt) and wanted.span.open
+            self._unmade += 1
             return False
         if point is None or point.id in self._known:
             return False
@@ -195,10 +215,10 @@ class _Run:
                 count += 1
         return count
 
-    def _expired(self) -> dict[str, int]:
+    def _expired(self, done: datetime | None) -> dict[str, int]:
         points, upto = self._points, self._now - timedelta(seconds=self._tiers.journal)
         journals = {span.journal for span in self._spans}
-        found = {one: tiers.replaced(points, self._spans, one, upto, self._done()) for one in journals}
+        found = {one: tiers.replaced(points, self._spans, one, upto, done) for one in journals}
         return {journal: number for journal, number in found.items() if number}
 
     def _tell(self, step: int) -> None:

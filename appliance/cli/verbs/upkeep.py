@@ -66,12 +66,13 @@ def _affects(points: tuple[str, ...]) -> str:
 
 
 @verb("gc", Locked, WrongKey, IntegrityError, PermissionDenied, NoSpace)
-@click.option("--dry-run", is_flag=True, help="Only tell what would be freed.")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be freed; of journals nothing is told then.")
 def gc_command(context: Context, dry_run: bool) -> None:
     """Free what no point needs any more. Safe beside running captures, and at any crash.
 
-    Of a domain that is not captured continuously any more, the recorded writes older than `journal_keep` become a point
-    for each minute first, and then go.
+    Of a domain that this home captured continuously and does not any more, the recorded writes older than
+    `journal_keep` go, when points stand for them: each minute, each hour of what is older than `minutes_keep`, and the
+    last write.
     """
     import dataclasses
 
