@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 # Threads that keep their state in the interpreter. Those of a closed connection leave theirs behind, some 20 KiB each:
 # beyond this number the threads of a server that has seen many connections are only slower.
 _MOST_KEPT = 64
-_kept: list[int] = []
+_kept = 0
 _thread = threading.local()
 
 # sockaddr_un: the kernel takes no longer path.
@@ -209,10 +209,11 @@ def keep_thread() -> None:
     frames (mmap) and throws both away (munmap, which interrupts every other thread of the process): a fifth of all the
     work on a request of 64 KiB. One `PyGILState_Ensure` that is never released is what makes the state stay.
     """
+    global _kept
     if getattr(_thread, "kept", False):
         return
-    if len(_kept) < _MOST_KEPT:
-        _kept.append(threading.get_native_id())
+    if _kept < _MOST_KEPT:
+        _kept += 1
         ctypes.pythonapi.PyGILState_Ensure()
         _thread.kept = True
 

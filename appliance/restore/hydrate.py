@@ -29,7 +29,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
 from appliance.errors import HypervisorError, RestoreError, RewindError
@@ -149,6 +148,7 @@ class Hydration:
         self._view = KeptView(name, self._make_view, socket_path(home, order.uuid), settings.view_timeout)
         self._hypervisor: Hypervisor | None = None
         self._next_pull: dict[str, float] = {}
+        self._refused: dict[str, str] = {}  # target → why libvirt does not begin its pull
         self._seen = _Seen("off", tuple(order.disks), 0, 0, "")  # written by the second thread, read by the main one
         self._written: dict[str, Any] = {}
 
@@ -197,11 +197,11 @@ class Hydration:
             if domain.state() is DomainState.SHUTOFF:
                 return _Seen("off", left, 0, 0, "")
             jobs = [self._pull(domain, target) for target in left]
+            full = "" if all(one[1] for one in jobs) else _full(domain, left)
         except HypervisorError as error:
             return replace(self._seen, phase="off", error=str(error))
-        why = "; ".join(one[2] for one in jobs if one[2])
-        if not why and not all(one[1] for one in jobs):
-            why = _full(domain, left)
+        # Each reason once: several disks may have the same.
+        why = "; ".join(dict.fromkeys(one for one in (*(job[2] for job in jobs), full) if one))
         return _Seen("pulling", left, sum(one[0] for one in jobs), sum(one[1] for one in jobs), why)
 
     def _opened(self, domain: Domain) -> bool:
@@ -211,20 +211,22 @@ class Hydration:
             return False
         place = str(socket_path(self._home, self._order.uuid))
         nodes = domain.monitor().execute("query-named-block-nodes", flat=True)
-        return any(unquote(str(node.get("file", ""))).partition("socket=")[2] == place for node in nodes)
+        return any(str(node.get("file", "")).partition("socket=")[2] == place for node in nodes)
 
     def _pull(self, domain: Pulls, target: str) -> tuple[int, int, str]:
         """(done, total) bytes of its job, which is started when there is none, and why it could not be."""
         if (job := domain.pulling(target)) is not None:
             return *job, ""
         if time.monotonic() < self._next_pull.get(target, 0.0):
-            return 0, 0, self._seen.error
+            return 0, 0, self._refused.get(target, "")
         self._next_pull[target] = time.monotonic() + _AGAIN
         try:
             domain.pull(target, self._order.rate)
         except HypervisorError as error:
             _log.warning("%s: %s cannot be pulled now: %s", self._order.domain, target, error)
+            self._refused[target] = str(error)
             return 0, 0, str(error)
+        self._refused.pop(target, None)
         return 0, 0, ""
 
     def _repository(self) -> Repository:
@@ -272,7 +274,10 @@ def _full(domain: Domain, targets: Sequence[str]) -> str:
     """Why a pull has ended early, where that can be seen: QEMU keeps no word of an ended job."""
     for disk in domain.disks():
         if disk.target in targets and disk.source:
-            status = os.statvfs(os.path.dirname(disk.source))
+            try:
+                status = os.statvfs(os.path.dirname(disk.source))
+            except OSError:
+                continue  # libvirt tells what is wrong with it
             if status.f_bavail * status.f_frsize < _ROOM:
                 return f"{disk.source}: no space is left on its file system"
     return ""

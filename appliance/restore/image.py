@@ -187,7 +187,9 @@ def _direct(target: Path) -> bool:
     try:
         file = os.open(target, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         try:
-            os.preadv(file, [mmap.mmap(-1, _BLOCK)], 0)
+            block = mmap.mmap(-1, _BLOCK)
+            if not os.preadv(file, [block], 0):
+                os.pwritev(file, [block], 0)  # a new file, in which nothing can be read: qemu-img makes it anew
         finally:
             os.close(file)
     except OSError:
