@@ -63,9 +63,9 @@ def lapse(session: Session, progress: Progress, now: datetime | None = None) -> 
 
 
 def spooled(session: Session, uuid: str) -> int:
-    """Bytes of the recorded writes that lie on this host."""
+    """Bytes of the recorded writes that lie on this host in sealed segments: an open one is allocated beforehand."""
     spool, total = session.home.spool(uuid), 0
-    for path in spool.iterdir() if spool.is_dir() else ():
+    for path in spool.glob("*.rwj"):
         with suppress(FileNotFoundError):  # a gc lets go of it
             total += path.stat().st_size
     return total

@@ -173,7 +173,8 @@ def _tell_dangers(session: Session, domain: Domain, targets: Sequence[str]) -> N
 
 def unprotect(session: Session, name: str, wait: float = 0.0) -> tuple[Protection, int]:
     """(the record that was, points that stay). Our bitmaps are removed from the images when the domain can be reached;
-    a domain that is gone has none any more. Raises NotProtected."""
+    a domain that is gone has none any more, and where a disk cannot be opened they stay, with a warning: they only
+    record. Raises NotProtected."""
     record = session.protected(name)
     _end_tap(session, record, wait)
     with session.hold(record.uuid, record.domain, f"unprotect {record.domain}", wait):
@@ -185,8 +186,13 @@ def unprotect(session: Session, name: str, wait: float = 0.0) -> tuple[Protectio
         else:
             from appliance.capture.release import release
 
-            with session.claim(domain, f"unprotect {record.domain}", wait):
-                release(domain, record)
+            try:
+                with session.claim(domain, f"unprotect {record.domain}", wait):
+                    release(domain, record)
+            except NotSupported as error:
+                if domain.state() is not DomainState.SHUTOFF:
+                    raise  # in the graph of a running guest nothing of ours is left behind
+                session.warn(f"our bitmaps stay in the images of {record.domain}, where they do no harm: {error}")
         protection.remove(session.home, record.uuid)
     return record, session.catalogue.count().get(record.uuid, 0)
 

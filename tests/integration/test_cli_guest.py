@@ -199,6 +199,13 @@ def test_status_names_the_disks_that_no_point_holds(libvirt_uri, libvirt_images,
         found = rewind("status", "cli-some", code=1)[-1]["notes"]
         assert found == ["disk vda is protected and not there any more", "not protected: vdb"]
         rewind("unprotect", "cli-some")
+        define(vda + vdb)
+        rewind("protect", "cli-some")
+        (libvirt_images / "vdb").unlink()
+        (note,) = rewind("status", "cli-some")[-1]["notes"]
+        assert "vdb" in note and "No such file" in note
+        assert rewind("unprotect", "cli-some")[-1]["points_kept"] == 0
+        assert [one for one in rewind("status") if one["type"] == "domain-status"] == []
     finally:
         virsh("undefine", "cli-some", check=False)
 
