@@ -18,6 +18,7 @@ import pytest
 from appliance.cli import main, man, records
 from appliance.cli.app import VERBS, program
 from appliance.cli.command import Verb
+from appliance.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (files("appliance.cli") / "JSON.md").read_text()
@@ -135,6 +136,14 @@ def test_completion_scripts_are_printed(shell):
     command = [sys.executable, "-m", "appliance.cli", "completion", shell]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "_REWIND_COMPLETE" in done.stdout
+
+
+def test_settings_are_documented_with_their_defaults(capsys):
+    """`rewind help settings`: each key once, as it is."""
+    assert main(["help", "settings"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    told = {key.removeprefix("| "): default for key, default, _ in rows}
+    assert told == {one.name: str(one.default) for one in dataclasses.fields(Settings)} and len(rows) == len(told)
 
 
 def test_completion_knows_verbs_options_and_domains(tmp_path):

@@ -10,9 +10,9 @@ __all__ = ["completion_command", "help_command"]
 
 
 @verb("help")
-@click.argument("topic", required=False, metavar="[VERB|exit-codes|json|man]")
+@click.argument("topic", required=False, metavar="[VERB|settings|exit-codes|json|man]")
 def help_command(context: Context, topic: str | None) -> None:
-    """Explain a verb, list the exit codes, or print the documentation of --json or the manual page.
+    """Explain a verb, list the settings or the exit codes, or print the documentation of --json or the manual page.
 
     Without a topic: the same as `rewind --help`.
     """
@@ -23,10 +23,10 @@ def help_command(context: Context, topic: str | None) -> None:
         click.echo(program.get_help(root))
     elif topic == "exit-codes":
         _exit_codes(context)
-    elif topic == "json":
+    elif topic in ("json", "settings"):
         from importlib.resources import files
 
-        click.echo((files("appliance.cli") / "JSON.md").read_text())
+        click.echo((files("appliance.cli") / f"{topic.upper()}.md").read_text())
     elif topic == "man":
         from appliance.cli.man import page
 
