@@ -23,11 +23,20 @@ if ! mkdir -p "$RW_STATE" || ! : >"$RW_STATE/.writable"; then
 fi
 rm -f "$RW_STATE/.writable"
 failed=0
+
+# The step's lines of the report, whole or not at all.
+keep() {
+    { cat "$done_mark.steps" 2>/dev/null; grep "^$RW_STEP: " "$RW_REPORT"; } >"$done_mark.steps.new" &&
+        sync "$done_mark.steps.new" && mv "$done_mark.steps.new" "$done_mark.steps" && sync "$done_mark.steps"
+}
+
 for script in "$here/steps/$phase"/*; do
     RW_STEP=${script##*/[0-9][0-9]-}
-    # A start that was cut off has done some of them: keys, for one, do not change a second time.
-    if grep -qsx "$RW_STEP" "$done_mark.steps"; then
+    # A start that was cut off has done some of them: keys, for one, do not change a second time. What they came to is
+    # told again, since the report of that start is gone.
+    if grep -Eqsx "$RW_STEP: (done|nothing to do)" "$done_mark.steps"; then
         say "done before, for this image"
+        grep "^$RW_STEP: " "$done_mark.steps" >>"$RW_REPORT"
         continue
     fi
     code=0
@@ -41,7 +50,7 @@ for script in "$here/steps/$phase"/*; do
     esac
     case $code in 0 | 3) ;; *) echo "$RW_STEP" >>"$here/undone" ;; esac
     sync
-    case $code in 0 | 3) echo "$RW_STEP" >>"$done_mark.steps" && sync "$done_mark.steps" ;; esac
+    case $code in 0 | 3) keep ;; esac
 done
 sync
 RW_STEP=$phase

@@ -12,6 +12,7 @@ import shutil
 
 import pytest
 
+from appliance.service.image.settling import outcomes
 from images.model import Firmware, Generator
 from images.settle.choice import After
 from tests.support import settled_disk
@@ -141,7 +142,13 @@ def killed_at(folder, name, at):
         unharmed(root, name)
         done = root.run(made, choice, phase)
         assert done.code == 0, (at, cut, done)
-        return cut, state(root), done
+        return cut, state(root) | {"told": told(root, phase)}, done
+
+
+def told(root, phase):
+    """Step by step what `rewind image settle` makes of it; whether a start had anything left to do is no matter."""
+    (report,) = root.path("/var/lib/rewind").glob(f"{phase}-*")
+    return {one.name: one.outcome.replace("nothing", "done") for one in outcomes(report.read_text())}
 
 
 def check(tmp_path, name, numbers):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from appliance.errors import ImageError
+from appliance.service.image.settling import outcomes
 from images.model import Generator
 from images.settle.choice import After, with_steps
 from images.settle.lay import lay
@@ -101,6 +102,20 @@ def test_a_step_that_fails_does_not_hold_up_the_others(root):
     root.path("/usr/local/sbin/ssh-keygen").unlink()
     assert root.run(plan(), choice, "identity").code == 0
     assert root.read("/etc/ssh/ssh_host_ed25519_key") != "old"
+
+
+def test_a_step_of_a_start_that_was_cut_off_is_told_again(root):
+    """`rewind image settle` knows by the report alone whether the disk starts by itself."""
+    root.write("/run/systemd/network/10-rewind-ens3.link", "[Link]\nName=ens3\n")
+    root.program("sync", f'case "$*" in */settle-{"?" * 16}.new) kill -KILL $PPID ;; esac', "bash")
+    root.cut(plan(), {"nics": {}}, "settle", 1 << 20)
+    root.program("sync", "")
+    assert [path.name[-6:] for path in root.path("/var/lib/rewind").glob("settle-*.steps")] == [".steps"]
+    done = root.run(plan(), {"nics": {}}, "settle")
+    (told,) = outcomes("\n".join(done.report))
+    assert told.outcome == "done" and "the names are kept: ens3" in told.said, done
+    again = root.path("/var/lib/rewind").glob("settle-*")
+    assert [outcomes(path.read_text()) for path in again] == [(told,)]
 
 
 def test_what_is_said_reaches_the_console(root):
