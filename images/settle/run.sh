@@ -30,6 +30,8 @@ keep() {
         sync "$done_mark.steps.new" && mv "$done_mark.steps.new" "$done_mark.steps" && sync "$done_mark.steps"
 }
 
+report_as() { cp "$RW_REPORT" "$done_mark.new" && sync "$done_mark.new" && mv "$done_mark.new" "$1" && sync; }
+
 for script in "$here/steps/$phase"/*; do
     RW_STEP=${script##*/[0-9][0-9]-}
     # A start that was cut off has done some of them: keys, for one, do not change a second time. What they came to is
@@ -56,9 +58,10 @@ sync
 RW_STEP=$phase
 if [ "$failed" != 0 ]; then
     say "not all could be done; it is tried again at the next start from this boot volume"
+    report_as "$done_mark.failed"
     exit 1
 fi
-cp "$RW_REPORT" "$done_mark.new" && sync "$done_mark.new" && mv "$done_mark.new" "$done_mark"
-rm -f "$done_mark.steps"
+report_as "$done_mark"
+rm -f "$done_mark.steps" "$done_mark.failed"
 sync
 say "done"

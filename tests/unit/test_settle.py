@@ -99,8 +99,11 @@ def test_a_step_that_fails_does_not_hold_up_the_others(root):
     assert any("no entropy" in line for line in done.report)
     assert root.read("/etc/hostname") == "twin\n"
     assert root.read("/etc/ssh/ssh_host_ed25519_key") == "old"
+    (kept,) = root.path("/var/lib/rewind").glob("identity-*.failed")
+    assert kept.read_text().splitlines() == done.report
     root.path("/usr/local/sbin/ssh-keygen").unlink()
     assert root.run(plan(), choice, "identity").code == 0
+    assert not kept.exists()
     assert root.read("/etc/ssh/ssh_host_ed25519_key") != "old"
 
 

@@ -72,9 +72,9 @@ class Host:
 def brought_up(tmp_path, monkeypatch, session):
     """A domain whose disk is a small Debian with this report; `state` is what is known of it."""
 
-    def made(report, settles="settle-1", phase="done"):
+    def made(report, settles="settle-1", phase="done", suffix=""):
         folder = tmp_path / "files"
-        changes = {} if report is None else {"/var/lib/rewind/settle-1": report}
+        changes = {} if report is None else {f"/var/lib/rewind/settle-1{suffix}": report}
         debian(folder, changes)
         (folder / "disk.raw").rename(folder / "twin-sda.qcow2")
         # The name says what it is in the product; here a raw image is enough.
@@ -117,6 +117,17 @@ def test_the_medium_stays_when_it_does_not(brought_up, session, line):
     before = host.xml
     found = settling.settle(session, "twin")
     assert not found.alone and found.medium.name == "rewind.iso" and host.xml == before
+
+
+def test_a_step_that_failed_is_told_and_the_medium_stays(brought_up, session):
+    """P6-19: also when the loader is there: the next start from the medium tries the other one again."""
+    host = brought_up("grow: out of luck\ngrow: failed (1)\n" + REPORT, suffix=".failed")
+    before = host.xml
+    found = settling.settle(session, "twin")
+    assert not found.alone and host.xml == before
+    assert [(one.name, one.outcome) for one in found.steps] == [
+        ("grow", "failed"), ("initramfs", "done"), ("loader", "nothing"),
+    ]  # fmt: skip
 
 
 def test_what_has_not_settled_is_refused(brought_up, session):

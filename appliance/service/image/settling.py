@@ -73,7 +73,9 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     folder = Path(order.image)
     disks = {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}
     steps = outcomes(_report(session, disks, order.settles, keys))
-    alone = any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps)
+    # What has failed is tried again at the next start from the medium.
+    failed = any(one.outcome == "failed" for one in steps)
+    alone = not failed and any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps)
     definition, medium = without_medium(domain.definition(), name, folder)
     if alone and medium is not None:
         hypervisor.define(definition)
@@ -97,7 +99,11 @@ def _report(session: Session, disks: Mapping[str, Path], settles: str, keys: Seq
         images = {disk: f"{_FORMAT}:{path}" for disk, path in disks.items()}
         kept, accelerator = readers.folder(session), session.settings.accelerator
         with open_guest(images, scratch, keys=keys, appliances=kept, accelerator=accelerator) as guest:
-            return guest.tree.read(f"{REPORTS}/{settles}", _MOST).decode(errors="replace")
+            try:
+                told = guest.tree.read(f"{REPORTS}/{settles}", _MOST)
+            except FileNotFoundError:  # of a start after which not all was done
+                told = guest.tree.read(f"{REPORTS}/{settles}.failed", _MOST)
+            return told.decode(errors="replace")
     except FileNotFoundError as error:
         reason = "the guest has not settled yet: its disk has no report of it"
         raise ImageError(reason=reason, hint="start it; its console tells each step") from error
