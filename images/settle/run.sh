@@ -23,6 +23,9 @@ if ! mkdir -p "$RW_STATE" || ! : >"$RW_STATE/.writable"; then
 fi
 rm -f "$RW_STATE/.writable"
 failed=0
+# A shutdown waits for the step that runs (`TimeoutStopSec`): a shell looks at a signal when its program has ended.
+stopped=
+trap 'stopped=1' TERM
 
 # The step's lines of the report, whole or not at all.
 keep() {
@@ -53,6 +56,10 @@ for script in "$here/steps/$phase"/*; do
     case $code in 0 | 3) ;; *) echo "$RW_STEP" >>"$here/undone" ;; esac
     sync
     case $code in 0 | 3) keep ;; esac
+    if [ -n "$stopped" ]; then
+        say "the system goes down; the next start from this boot volume goes on"
+        exit 1
+    fi
 done
 sync
 RW_STEP=$phase

@@ -121,6 +121,20 @@ def test_a_step_of_a_start_that_was_cut_off_is_told_again(root):
     assert [outcomes(path.read_text()) for path in again] == [(told,)]
 
 
+def test_a_shutdown_waits_for_the_step_that_runs(root):
+    """And no other one begins; systemd sends its signal to the runner alone (`KillMode=mixed`)."""
+    root.write("/etc/ssh/ssh_host_ed25519_key", "old")
+    make = "mkdir -p $3/etc/ssh; for end in '' .pub; do echo new >$3/etc/ssh/ssh_host_ed25519_key$end; done"
+    root.program("ssh-keygen", f"kill -TERM $(cut -d' ' -f4 /proc/$PPID/stat); {make}")
+    choice = {"ssh-keys": {}, "addresses": {}}
+    root.cut(plan(), choice, "identity", 1 << 20)
+    report = root.read("/run/rewind/settle/report").splitlines()
+    assert report[-2] == "ssh-keys: done" and "the system goes down" in report[-1], report
+    assert root.read("/etc/ssh/ssh_host_ed25519_key") == "new\n"
+    done = root.run(plan(), choice, "identity")
+    assert done.code == 0 and "addresses: nothing to do" in done.report, done
+
+
 def test_what_is_said_reaches_the_console(root):
     root.write("/etc/hostname", "ledger\n")
     done = root.run(plan(), {"host-name": {"name": "twin"}}, "identity")
