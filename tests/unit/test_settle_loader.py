@@ -197,6 +197,48 @@ def test_of_several_systems_the_clients_own_loader_is_taken(uefi):
     assert uefi.read("/boot/efi/EFI/BOOT/BOOTX64.EFI") == "grub"
 
 
+def secured():
+    made = plan(firmware=Firmware.UEFI)
+    return replace(made, inventory=made.inventory.model_copy(update={"secure_boot": True}))
+
+
+SHIM = "MZ\0sbat,1,SBAT Version\nshim,4,UEFI shim,shim,1,https://github.com/rhboot/shim\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "outcome"),
+    [
+        ({"debian/grubx64.efi": "grub"}, "left as it was"),
+        ({"debian/grubx64.efi": "grub", "BOOT/BOOTX64.EFI": "grub"}, "left as it was"),
+        ({"BOOT/BOOTX64.EFI": "grub"}, "left as it was"),
+        ({"debian/grubx64.efi": "grub", "arch/grubx64.efi": "x", "BOOT/BOOTX64.EFI": SHIM}, "left as it was"),
+        ({"BOOT/BOOTX64.EFI": SHIM, "BOOT/grubx64.efi": "grub"}, "nothing to do"),
+        ({"debian/grubx64.efi": "grub", "debian/shimx64.efi": SHIM}, "done"),
+        ({"debian/grubx64.efi": "grub", "debian/shimx64.efi": SHIM, "BOOT/BOOTX64.EFI": "windows"}, "left as it was"),
+    ],
+)  # fmt: skip
+def test_what_is_not_signed_is_not_taken_for_a_loader(uefi, files, outcome):
+    """P6-26: with Secure Boot firmware refuses all but shim, so the boot volume stays."""
+    uefi.path("/boot/efi/EFI/debian/grubx64.efi").unlink()
+    for name, text in files.items():
+        uefi.write(f"/boot/efi/EFI/{name}", text)
+    uefi.hide("efibootmgr")
+    done = uefi.run(secured(), {"loader": {}}, "settle")
+    assert f"loader: {outcome}" in done.report, done
+    if outcome == "left as it was":
+        assert "the boot volume has to stay attached" in "\n".join(done.report)
+        assert uefi.path("/boot/efi/EFI/BOOT/BOOTX64.EFI").exists() == ("BOOT/BOOTX64.EFI" in files)
+
+
+def test_no_partition_is_made_for_what_would_be_refused(uefi):
+    """P6-26: what GRUB makes is not signed."""
+    without_an_esp(uefi, "gpt")
+    before = settled_disk.ends(uefi)
+    done = uefi.run(secured(), {"loader": {}}, "settle")
+    assert "loader: left as it was" in done.report and "not signed" in done.report[0], done
+    assert settled_disk.ends(uefi) == before
+
+
 LIST = "BootCurrent: 0001\nBootOrder: 0001,0000\nBoot0000* UiApp\nBoot0001* UEFI QEMU DVD-ROM\n"
 
 

@@ -145,11 +145,14 @@ reach() {
     mkdir -p "$where" && mount -t vfat "$1" "$where"
 }
 
+unsigned="what GRUB makes here is not signed, and this firmware wants it to be"
+
 programs() { [ -d /usr/lib/grub/x86_64-efi ] && has grub-install; }
 
 uefi() {
     partition=$(esp)
     if [ -z "$partition" ]; then
+        [ -z "$RW_SECURE" ] || stays "/dev/$disk has no EFI system partition, and $unsigned"
         programs || stays "the guest has no GRUB for UEFI (grub-efi-amd64-bin), and its disk no EFI system partition"
         has mkfs.vfat && has sfdisk ||
             stays "the guest has no mkfs.vfat (dosfstools) or sfdisk (fdisk) to make an EFI system partition with"
@@ -161,6 +164,7 @@ uefi() {
     reach "$partition" || stays "$partition cannot be mounted"
     own_loader
     fallback=$where/EFI/BOOT/BOOTX64.EFI
+    secure
     if [ -s "$fallback" ] && ! under_way && ! lacks_grub; then
         is_there
     elif [ -n "$loader" ]; then
@@ -170,6 +174,20 @@ uefi() {
         exit 0
     fi
     installed
+}
+
+# With Secure Boot firmware starts of a guest's own loaders only shim, which others have signed for it. The guest has no
+# program to look at signatures with: anything else is taken for one that is refused.
+secure() {
+    [ -n "$RW_SECURE" ] || return 0
+    case $loader in
+        '' | *shimx64.efi) ;;
+        *) stays "this firmware starts only what is signed for it, and $(esp_path "$loader") is no shim" ;;
+    esac
+    [ -s "$fallback" ] && [ -z "$loader" ] || return 0
+    # Shim carries its name and number in a list (SBAT).
+    grep -aq '^shim,[0-9]' "$fallback" ||
+        stays "this firmware starts only what is signed for it, and $(esp_path "$fallback") is no shim"
 }
 
 # Shim where firmware looks, with nothing beside it that it could start.
@@ -199,7 +217,7 @@ is_there() {
 
 installed() {
     programs || stays "the guest has no GRUB for UEFI (grub-efi-amd64-bin)"
-    [ -z "$RW_SECURE" ] || stays "what GRUB makes here is not signed, and this firmware wants it to be"
+    [ -z "$RW_SECURE" ] || stays "$unsigned"
     begin
     if try grub-install --target=x86_64-efi --efi-directory="$where" --removable --no-nvram && menu &&
         [ -s "$fallback" ]; then
