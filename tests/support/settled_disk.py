@@ -30,7 +30,11 @@ case "$*" in
     *PARTTYPE*) rows | cut -d' ' -f2 ;;
     *NAME,TYPE*) echo /dev/sda disk; rows | sed 's| .*| part|' ;;
     *PTTYPE*) sfdisk -d /dev/sda 2>/dev/null | sed -n 's/^label: //p' ;;
-    *PARTUUID*) sfdisk -d /dev/sda | sed -n "s|^${!#} : .*uuid= *\([^,]*\).*|\1|p" | tr A-F a-f ;;
+    *PARTUUID*)
+        sfdisk -d /dev/sda | sed -n "s|^${!#} : .*uuid= *\([^,]*\).*|\1|p" | tr A-F a-f
+        one=${!#}
+        sfdisk -d /dev/sda | sed -n "s|^label-id: 0x\(.*\)|\1-0${one#/dev/sda}|p"
+        ;;
 esac"""
 _PARTX = r"""sfdisk -d /dev/sda 2>/dev/null |
     sed -n 's|^/dev/\([a-z0-9]*\) : start= *\([0-9]*\), size= *\([0-9]*\).*|\1 \2 \3|p' |

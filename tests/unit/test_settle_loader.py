@@ -303,3 +303,18 @@ def test_a_partition_that_cannot_be_used_leaves_the_table_as_it_was(uefi):
     done = loaded(uefi, Firmware.UEFI)
     assert done.code == 1 and any("the partition table of /dev/sda is as before" in line for line in done.report), done
     assert settled_disk.ends(uefi)[:512] == before
+    assert not uefi.path("/var/lib/rewind/before/sda.esp").exists()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_our_own_partition_is_taken_for_half_made(uefi, ours):
+    """P6-18: what lies where ours would have been may be somebody else's, with files in it."""
+    without_an_esp(uefi, "gpt")
+    settled_disk.table(uefi, f"label: gpt\nstart=2048, size=20480\nstart=63488, size=131072, type={ESP}\n")
+    uuid = uefi.inside("lsblk", "-ndo", "PARTUUID", "/dev/sda2").strip()
+    uefi.write("/var/lib/rewind/before/sda.esp", f"63488 131072 {uuid if ours else uuid[::-1]}\n")
+    uefi.program("findmnt", 'case "$*" in *TARGET*) exit 1 ;; *) echo /dev/sda1 ;; esac')
+    uefi.program("mount", "")
+    uefi.program("mkfs.vfat", "echo x >>/made")
+    loaded(uefi, Firmware.UEFI)
+    assert uefi.path("/made").exists() == ours

@@ -30,6 +30,7 @@ keep_table() {
 table_back() {
     sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$before.table" >/dev/null 2>&1 ||
         fail "the partition table of /dev/$disk was to be as before, and is not: $before.table has it"
+    rm -f "$before.esp" # another partition may come to lie there
     partx -u "/dev/$disk" 2>/dev/null || :
     fail "the partition table of /dev/$disk is as before; the boot volume has to stay attached"
 }
@@ -311,8 +312,14 @@ new_esp() {
     [ "$table" != gpt ] || try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
     room 133120 || table_back
     start=$(((last + 1 - 131072) / 2048 * 2048))
-    echo "$start" >"$before.esp" && sync "$before.esp" || table_back
-    printf 'start=%s, size=131072, type=%s\n' "$start" "$kind" >"$RW_HERE/new"
+    new="start=$start, size=131072, type=$kind"
+    uuid='' # an MBR has none for a partition
+    if [ "$table" = gpt ]; then
+        uuid=$(cat /proc/sys/kernel/random/uuid)
+        new="$new, uuid=$uuid"
+    fi
+    echo "$start 131072 $uuid" >"$before.esp" && sync "$before.esp" || table_back
+    echo "$new" >"$RW_HERE/new"
     try sfdisk -q --append --no-reread --no-tell-kernel "/dev/$disk" <"$RW_HERE/new" || table_back
     partx -u "/dev/$disk" 2>/dev/null || partx -a "/dev/$disk" 2>/dev/null || :
     if has udevadm; then udevadm settle --timeout=30; fi
@@ -327,8 +334,9 @@ new_esp() {
 
 # One of ours, of a start that was cut off before anything was on it that anybody needs.
 is_half_made() {
-    [ -s "$before.esp" ] &&
-        [ "$(cat "$before.esp")" = "$(cat "/sys/class/block/${1##*/}/start")" ] && ! findmnt -nro TARGET "$1" >/dev/null
+    [ -s "$before.esp" ] && read -r start size uuid <"$before.esp" || return 1
+    [ "$start $size" = "$(cat "/sys/class/block/${1##*/}/start") $(cat "/sys/class/block/${1##*/}/size")" ] &&
+        { [ -z "$uuid" ] || [ "$uuid" = "$(lsblk -ndo PARTUUID "$1")" ]; } && ! findmnt -nro TARGET "$1" >/dev/null
 }
 
 "$firmware"
