@@ -55,8 +55,9 @@ case "$*" in
             case $1 in --part) part=$2 ;; --label) label=$2 ;; --loader) loader=$2 ;; esac
             shift
         done
-        printf 'Boot0007* %s\tHD(%s,GPT,%s,0x800,0x20000)/File(%s)\n' "$label" "$part" \
-            "$(lsblk -ndo PARTUUID /dev/sda$part)" "$loader" >>$list
+        of=GPT,$(lsblk -ndo PARTUUID /dev/sda$part)
+        [ "$(lsblk -ndo PTTYPE /dev/sda)" != dos ] || of=MBR,0x$(sfdisk -d /dev/sda | sed -n 's/^label-id: 0x0*//p')
+        printf 'Boot0007* %s\tHD(%s,%s,0x800,0x20000)/File(%s)\n' "$label" "$part" "$of" "$loader" >>$list
         ;;
     *--bootorder*) sed -i "s/^BootOrder:.*/BootOrder: ${!#}/" $list ;;
 esac"""

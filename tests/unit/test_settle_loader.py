@@ -242,9 +242,10 @@ def test_no_partition_is_made_for_what_would_be_refused(uefi):
 LIST = "BootCurrent: 0001\nBootOrder: 0001,0000\nBoot0000* UiApp\nBoot0001* UEFI QEMU DVD-ROM\n"
 
 
-def test_the_firmware_gets_an_entry(uefi):
+@pytest.mark.parametrize("table", [GPT, "label: dos\nlabel-id: 0x00c0ffee\nstart=2048, size=20480, type=ef\n"])
+def test_the_firmware_gets_an_entry(uefi, table):
     """P6-19: behind those that are there, which stay; a second time there is nothing to add."""
-    settled_disk.table(uefi, GPT)
+    settled_disk.table(uefi, table)
     settled_disk.entries(uefi, LIST)
     done = loaded(uefi, Firmware.UEFI)
     assert done.code == 0 and any(r"a new entry for \EFI\debian\grubx64.efi" in line for line in done.report), done

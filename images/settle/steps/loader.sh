@@ -275,6 +275,8 @@ entry() {
     path=$(esp_path "$loader")
     order=$(sed -n 's/^BootOrder: *//p' "$RW_HERE/entries")
     number=$(cat "/sys/class/block/${partition##*/}/partition")
+    # That of an MBR is the disk's number and the partition's, which an entry has apart.
+    [ "$table" != dos ] || uuid="HD\\($number,MBR,0x0*$(printf '%s' "${uuid%-*}" | sed 's/^0*//'),"
     made=$(entry_of "$RW_HERE/entries") an=an
     if [ -z "$made" ]; then
         an="a new"
@@ -294,7 +296,7 @@ entry() {
 }
 
 # The number of the entry that starts `path` from the partition `uuid`; empty when there is none.
-entry_of() { grep '^Boot[0-9A-F]\{4\}' "$1" | grep -iF -- "$uuid" | grep -iF -- "$path" | head -n 1 | cut -c5-8; }
+entry_of() { grep '^Boot[0-9A-F]\{4\}' "$1" | grep -iE -- "$uuid" | grep -iF -- "$path" | head -n 1 | cut -c5-8; }
 
 # An EFI system partition at the end of the room that the disk has left. The table as it was is kept, and put back if it
 # fails. Sets `partition`.
