@@ -318,6 +318,18 @@ def test_each_program_finds_the_new_card(root):
     assert "cards: nothing to do" in again.report
 
 
+def test_cards_that_change_places(root):
+    """P6-24: what is new for one card is the old address of another."""
+    macs = [f"52:54:00:00:00:0{number}" for number in range(5)]
+    root.write("/etc/systemd/network/a.link", "".join(f"[Match]\nMACAddress={one} {macs[0]}\n" for one in macs[:4]))
+    client = replace(plan().client, nics={f"lan{number}": one for number, one in enumerate(macs[:4])})
+    done = identified(root, "cards", client=client, rename={one: f"lan{number}" for number, one in enumerate(macs[1:])})
+    assert done.code == 0, done
+    assert root.read("/etc/systemd/network/a.link") == "".join(
+        f"[Match]\nMACAddress={one} {macs[1]}\n" for one in macs[1:]
+    )
+
+
 def test_networkd_and_networkmanager_ask_and_have_their_own_hardware(root):
     """P6-24: fixed addresses go, and those that another machine's cards were given."""
     for path, text in FILES.items():

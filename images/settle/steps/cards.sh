@@ -11,13 +11,18 @@ changed=
 exchange() {
     awk -v pairs="$RW_MACS" -v kind="$2" '
         BEGIN { count = split(pairs, pair, " "); for (i = 1; i <= count; i++) { split(pair[i], one, "="); new[one[1]] = one[2] } }
-        function swapped(line,  low, old, at, dashed) {
-            for (old in new) {
-                low = tolower(line); dashed = old; gsub(/:/, "-", dashed)
-                at = index(low, old); if (!at) at = index(low, dashed)
-                if (at) line = substr(line, 1, at - 1) new[old] substr(line, at + 17)
+        # From left to right, each place once: what is the new address of one card may be the old one of another.
+        function swapped(line,  out, low, old, at, dashed, first, found) {
+            for (;;) {
+                low = tolower(line); first = 0
+                for (old in new) {
+                    dashed = old; gsub(/:/, "-", dashed)
+                    at = index(low, old); if (!at) at = index(low, dashed)
+                    if (at && (!first || at < first)) { first = at; found = old }
+                }
+                if (!first) return out line
+                out = out substr(line, 1, first - 1) new[found]; line = substr(line, first + 17)
             }
-            return line
         }
         kind == "netplan" {
             match($0, /^ */)
