@@ -263,6 +263,19 @@ def test_a_table_that_the_kernel_does_not_take_is_put_back(larger):
     assert not larger.path("/calls").exists()
 
 
+def test_a_volume_takes_what_has_come_to_its_group(larger):
+    """P6-18: a start that was cut off while LVM was asked has left nothing that the next one takes for an answer."""
+    lsblk = larger.read("/usr/local/sbin/lsblk").replace("TYPE*) echo sda1", "TYPE*) echo vg-root lvm; echo sda1")
+    larger.write("/usr/local/sbin/lsblk", lsblk.replace("TYPE*) echo part", "TYPE*) echo lvm; echo part"), 0o755)
+    larger.program("lvs", "kill -KILL -1")
+    larger.cut(plan(), {"grow": {}}, "settle", 1 << 20)
+    larger.program("lvs", "[ -e /resized ] && echo 9 || echo 3")
+    larger.program("pvresize", "echo x >/resized")
+    larger.program("lvextend", 'echo "$3" >/extended')
+    done = grown(larger)
+    assert done.code == 0 and larger.read("/extended") == "+6\n", done
+
+
 def test_a_disk_that_is_full_has_no_room(larger):
     larger.write("/sys/class/block/sda/size", "30000\n")
     done = grown(larger)

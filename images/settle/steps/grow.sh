@@ -42,8 +42,10 @@ table_back() {
 free_extents() { lvs --noheadings -o vg_free_count "$source" | tr -d ' '; }
 
 if [ "$room" -ge 32768 ]; then
-    [ -e "$growing" ] || case $kinds in lvm*) free_extents ;; *) echo 0 ;; esac >"$growing" && sync "$growing" ||
-        fail "$growing cannot be written"
+    [ -e "$growing" ] || {
+        case $kinds in lvm*) free_extents ;; *) echo 0 ;; esac >"$growing.new" && [ -s "$growing.new" ] &&
+            sync "$growing.new" && mv "$growing.new" "$growing" && sync "$growing"
+    } || fail "$growing cannot be written"
     if [ "$(lsblk -ndo PTTYPE "/dev/$disk")" = gpt ]; then
         # Its second table lies where the smaller disk ended.
         try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
