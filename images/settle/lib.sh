@@ -67,7 +67,7 @@ fixed_addresses() {
         [ -f "$file" ] && grep -Eq '^[[:space:]]*iface .*[[:space:]]static' "$file" && echo "$file"
     done
     for file in /etc/systemd/network/*.network; do
-        [ -f "$file" ] && grep -Eq '^(Address|Gateway)=' "$file" && echo "$file"
+        [ -f "$file" ] && networkd_fixed "$file" && echo "$file"
     done
     for file in /etc/NetworkManager/system-connections/*; do
         [ -f "$file" ] && grep -Eq '^address(es)?[0-9]*=' "$file" && echo "$file"
@@ -98,8 +98,7 @@ given_macs() {
         [ -f "$file" ] && grep -Eq '^[[:space:]]*hwaddress[[:space:]]' "$file" && echo "$file"
     done
     for file in /etc/systemd/network/*.network /etc/systemd/network/*.link; do
-        [ -f "$file" ] && awk '/^\[/ { link = $0 == "[Link]" } link && /^MACAddress=/ { found = 1 } END { exit !found }' \
-            "$file" && echo "$file"
+        [ -f "$file" ] && networkd_gives_mac "$file" && echo "$file"
     done
     for file in /etc/NetworkManager/system-connections/*; do
         [ -f "$file" ] && grep -Eq '^cloned-mac-address=([0-9A-Fa-f]{2}:){5}' "$file" && echo "$file"
@@ -111,6 +110,15 @@ given_macs() {
         [ -f "$file" ] && netplan_gives_mac "$file" && echo "$file"
     done
     return 0
+}
+
+# systemd takes blanks before a key and around its `=`.
+networkd_fixed() { grep -Eq '^[[:space:]]*(Address|Gateway)[[:space:]]*=' "$1"; }
+
+networkd_gives_mac() {
+    awk '/^[ \t]*\[/ { link = $1 == "[Link]" }
+        link && /^[ \t]*MACAddress[ \t]*=/ { found = 1 }
+        END { exit !found }' "$1"
 }
 
 # `macaddress` below `match` only finds a card.

@@ -318,6 +318,22 @@ def test_each_program_finds_the_new_card(root):
     assert "cards: nothing to do" in again.report
 
 
+def test_networkds_files_with_blanks(root):
+    """P6-24: systemd takes them before a key and around `=`; an address has a section of its own, too."""
+    root.write("/etc/systemd/network/a.network", "[Match]\nName=a\n[Network]\n Address = 10.0.0.5/24\nDNS = 10.0.0.2\n")
+    root.write("/etc/systemd/network/b.network", "[Match]\nName=b\n\n[Address]\nAddress = 10.0.0.6/24\n")
+    root.write("/etc/systemd/network/c.link", "[Match]\nName=c\n [Link]\n MACAddress = 02:00:00:00:00:99\n")
+    kept = root.run(plan(), {"kept": {"parts": ["addresses"]}}, "identity", seed="kept")
+    assert "a.network /etc/systemd/network/b.network" in kept.report[0] and "c.link" in kept.report[1], kept
+    done = identified(root, "addresses")
+    assert done.code == 0 and "addresses: done" in done.report, done
+    assert root.read("/etc/systemd/network/a.network") == (
+        "[Match]\nName=a\n[Network]\nDHCP=yes\nDNS = 10.0.0.2\n"
+    )
+    assert root.read("/etc/systemd/network/b.network") == "[Match]\nName=b\n\n[Network]\nDHCP=yes\n"
+    assert root.read("/etc/systemd/network/c.link") == "[Match]\nName=c\n [Link]\n"
+
+
 def test_cards_that_change_places(root):
     """P6-24: what is new for one card is the old address of another."""
     macs = [f"52:54:00:00:00:0{number}" for number in range(5)]

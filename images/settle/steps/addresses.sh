@@ -34,15 +34,19 @@ done
 # systemd.network(5), systemd.link(5)
 for file in /etc/systemd/network/*.network /etc/systemd/network/*.link; do
     [ -f "$file" ] || continue
-    fixed=$(grep -Ec '^(Address|Gateway)=' "$file")
+    if networkd_fixed "$file"; then fixed=1; else fixed=0; fi
     # shellcheck disable=SC2016 # awk's own fields
     rewrite "$file" awk -v fixed="$fixed" '
-        /^\[/ { section = $0; if (fixed && section == "[Network]") { print; print "DHCP=yes"; next } }
-        section == "[Link]" && /^MACAddress=/ { next }
+        /^[ \t]*\[/ {
+            section = $1
+            if (fixed && section == "[Network]") { print; if (!asked++) print "DHCP=yes"; next }
+        }
+        section == "[Link]" && /^[ \t]*MACAddress[ \t]*=/ { next }
         !fixed { print; next }
-        section == "[Network]" && /^(Address|Gateway|DHCP)=/ { next }
+        section == "[Network]" && /^[ \t]*(Address|Gateway|DHCP)[ \t]*=/ { next }
         section == "[Address]" || section == "[Route]" { next }
-        { print }'
+        { print }
+        END { if (fixed && !asked) print "[Network]\nDHCP=yes" }'
 done
 # nm-settings-keyfile(5)
 for file in /etc/NetworkManager/system-connections/*; do

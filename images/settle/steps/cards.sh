@@ -32,8 +32,8 @@ exchange() {
             next
         }
         kind == "sections" {
-            if ($0 ~ /^\[/) section = $0
-            print section == "[Match]" && $0 ~ /^(MACAddress|PermanentMACAddress)=/ ? swapped($0) : $0
+            if ($0 ~ /^[ \t]*\[/) section = $1
+            print section == "[Match]" && $0 ~ /^[ \t]*(MACAddress|PermanentMACAddress)[ \t]*=/ ? swapped($0) : $0
             next
         }
         kind == "keyfile" { print $0 ~ /^mac-address=/ ? swapped($0) : $0; next }
