@@ -54,4 +54,9 @@ def _checked(text: bytes, origin: str) -> bytes:
     found = text.removesuffix(b"\n")
     if not found or len(found) > _LONGEST or b"\0" in found:
         raise ConfigError(reason=f"{origin} has no passphrase: it is 1 to {_LONGEST} bytes, none of them zero")
+    try:
+        found.decode()
+    except UnicodeDecodeError:
+        # Not chained: the error has the passphrase in it.
+        raise ConfigError(reason=f"{origin} has a passphrase that is not UTF-8, which libguestfs cannot take") from None
     return found

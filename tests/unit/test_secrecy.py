@@ -56,6 +56,15 @@ def test_what_is_no_passphrase(tmp_path, monkeypatch, content):
         luks_keys([str(tmp_path / "none")])
 
 
+def test_a_passphrase_that_the_reader_cannot_take(tmp_path, monkeypatch):
+    """libguestfs takes texts; the reader would die of another one. It is not told, either."""
+    monkeypatch.setattr(secrecy, "guard", lambda: None)
+    (tmp_path / "key").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ConfigError, match="has a passphrase that is not UTF-8") as caught:
+        luks_keys([str(tmp_path / "key")])
+    assert caught.value.__cause__ is None and "caf" not in str(caught.value)
+
+
 def test_a_host_whose_swap_nobody_can_tell_has_some(tmp_path, monkeypatch):
     for content, expected in (("Filename\tType\n", False), ("Filename\tType\n/dev/zram0\tpartition\n", True)):
         (tmp_path / "swaps").write_text(content)
