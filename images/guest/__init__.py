@@ -106,7 +106,7 @@ def _explained(error: GuestUnreadable, tree: ConfinedTree, keys: Sequence[bytes]
         return error
     why = "none of the passphrases opens" if keys else "without its passphrase nobody opens"
     reason = f"{error.fields['reason']}; {why} {', '.join(one.name for one in closed)}"
-    hint = "`rewind image plan`, `build`, `start` and `serve` take a passphrase by `--luks-key FILE`"
+    hint = "`rewind image plan`, `build`, `start`, `settle` and `serve` take a passphrase by `--luks-key FILE`"
     return GuestUnreadable(what=error.fields["what"], reason=reason, hint=hint)
 
 

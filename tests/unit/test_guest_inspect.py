@@ -396,7 +396,7 @@ def test_a_closed_container_is_told_where_no_system_was_found(keys, why):
     error = GuestUnreadable(what="the point", reason="no system is on vda3 (crypto_LUKS)")
     told = _explained(error, Tells(DATA), keys)
     assert str(told) == f"the point cannot be read: no system is on vda3 (crypto_LUKS); {why}"
-    assert "`--luks-key FILE`" in told.hint
+    assert "`--luks-key FILE`" in told.hint and "`settle`" in told.hint
     for volumes in (SEALED["partition"], None):
         assert _explained(error, Tells(volumes), keys) is error
 
