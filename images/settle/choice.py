@@ -82,8 +82,8 @@ def with_steps(plan: Plan, after: After, seed: str, settings: Settings | None = 
 
 
 def report_of(settings: Settings) -> str:
-    """The name that the report of the settling phase has in `REPORTS`; empty when there is no such phase."""
+    """The name that the report of the settling phase has in `REPORTS`; empty when no disk is to start by itself."""
     told = settings.run.get("rewind/settle/settings", b"").decode()
     found = re.search(r"^RW_IMAGE=([0-9a-f]+)$", told, re.M)
-    settling = any("/steps/settle/" in name for name in settings.run)
+    settling = any(re.search("/steps/settle/[0-9]+-loader$", name) for name in settings.run)
     return f"settle-{found[1]}" if found and settling else ""

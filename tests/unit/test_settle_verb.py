@@ -44,6 +44,8 @@ def test_the_name_of_the_report_is_known_beforehand():
     _, settings = with_steps(plan(), After(settle=True), "seed")
     assert report_of(settings).startswith("settle-") and report_of(with_steps(plan(), After(), "seed")[1]) == ""
     assert report_of(with_steps(plan(), After(identity="new"), "seed")[1]) == ""
+    # Of a phase that has steps, but nothing to make a disk start by itself.
+    assert report_of(with_steps(plan(), After(grow=True), "seed")[1]) == ""
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------
