@@ -96,16 +96,17 @@ def plan(
 def build(
     session: Session, domain: str, when: str, target: str, media: Sequence[str], folder: Path, template: str = "",
     keys: Sequence[bytes] = (), options: Options | None = None, inventory: Inventory | None = None,
-    after: After | None = None, look: Callable[[Guest], None] | None = None,
+    after: After | None = None, look: Callable[[Guest], None] | None = None, machine: str = "",
 ) -> Made:  # fmt: skip
     """Build these media into `folder`, which must not exist. `inventory` instead of what the target's name stands for;
-    `after` is what the client does to itself once it runs. `look` sees the guest before anything is written, and may
-    raise. Raises as `plan` and `images.build.build_image`; nothing is left then."""
+    `after` is what the client does to itself once it runs, other than one with another `machine`. `look` sees the guest
+    before anything is written, and may raise. Raises as `plan` and `images.build.build_image`; nothing is left then."""
     with prepared(session, domain, when, target, template, keys, options, inventory) as ready:
         planned = ready.planned
         if look is not None:
             look(ready.guest)
-        plan, settings = with_steps(planned.plan, after or After(), f"{planned.point} {planned.plan.inventory.name}")
+        seed = " ".join([planned.point, planned.plan.inventory.name, *([machine] if machine else [])])
+        plan, settings = with_steps(planned.plan, after or After(), seed)
         built = build_image(
             plan, ready.guest.tree, ready.template, media=media, folder=folder, settings=settings,
             driver_store=drivers.reader(ready.store, plan.client.release),

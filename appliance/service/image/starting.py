@@ -121,14 +121,17 @@ def _start(
     shared = _shared(hypervisor, addresses)
     inventory = _with_macs(found.inventory, addresses)
     folder = Path(os.path.abspath(folder))
+    identity = str(uuid.uuid4())
     with ExitStack() as undo:
         made = making.build(
             session, domain, point.id, target, [_MEDIUM], folder, template, keys, inventory=inventory,
-            after=after.named(name), look=fit.look,
+            after=after.named(name), look=fit.look, machine=identity,
         )  # fmt: skip
         undo.callback(_remove, folder)
         medium = made.built.files[_MEDIUM]
-        new = _define(session, undo, point, fit, places, name, folder, medium, found, addresses, rate, made.settles)
+        new = _define(
+            session, undo, point, fit, places, name, identity, folder, medium, found, addresses, rate, made.settles
+        )  # fmt: skip
         new.start()
         undo.pop_all()
     return Started(
@@ -138,13 +141,12 @@ def _start(
 
 
 def _define(
-    session: Session, undo: ExitStack, point: Point, fit: Sizes, places: Sequence[str], name: str, folder: Path,
-    medium: Path, target: targets.Target, addresses: Sequence[str], rate: int, settles: str,
+    session: Session, undo: ExitStack, point: Point, fit: Sizes, places: Sequence[str], name: str, identity: str,
+    folder: Path, medium: Path, target: targets.Target, addresses: Sequence[str], rate: int, settles: str,
 ) -> Domain:  # fmt: skip
     """The domain, shut off, over a view that answers."""
     disks = fit.disks
     uid, gid = qemu_user(session.uri)
-    identity = str(uuid.uuid4())
     socket = hydrate.socket_path(session.home, identity)
     new_disks = {}
     for place, one in zip(places, disks, strict=True):
