@@ -16,7 +16,7 @@ from pathlib import Path
 
 from appliance.errors import NotSupported
 
-__all__ = ["NewDisk", "for_hardware", "macs", "wanted_disks", "without_medium"]
+__all__ = ["NewDisk", "for_hardware", "macs", "medium_of", "wanted_disks", "without_medium"]
 
 _OF_A_RUN = ("uuid", "seclabel", "resource", "os/nvram")
 _LINES = ("serial", "console", "parallel", "channel")
@@ -85,21 +85,30 @@ def for_hardware(
     return ET.tostring(root, encoding="unicode")
 
 
-def without_medium(xml: str, name: str, folder: Path) -> tuple[str, Path | None]:
-    """The definition without the CD of `for_hardware`, whose file is in `folder`, and that file; it starts from its
-    first disk then. None for a definition that has no such CD, which is returned as it is. Raises NotSupported when it
-    is no definition."""
+def medium_of(xml: str, name: str, folder: Path) -> Path | None:
+    """The file of the CD of `for_hardware`, which is in `folder`; None for a definition that has no such CD. Raises
+    NotSupported when it is no definition."""
+    return next((source for _, source in _media(_parse(xml, name), folder)), None)
+
+
+def without_medium(xml: str, name: str, folder: Path, start: str) -> str:
+    """The definition without that CD; it starts from its disk `start` then, the first of all. Raises NotSupported when
+    it is no definition, and when it has no such disk."""
     root = _parse(xml, name)
     devices = root.find("devices")
     assert devices is not None, "_parse has seen it"
-    for disk in root.findall("devices/disk"):
-        source = Path(_get(disk, "source", "file") or "/")
-        if disk.get("device") == "cdrom" and source.parent == folder:
-            devices.remove(disk)
-            for number, other in enumerate(_hard_disks(root)[:1], 1):
-                _child(other, "boot").set("order", str(number))
-            return ET.tostring(root, encoding="unicode"), source
-    return xml, None
+    first = next((one for one in _hard_disks(root) if _target(one) == start), None)
+    if first is None:
+        raise NotSupported(object=f"domain {name!r}", reason=f"its definition has no disk {start!r} to start from")
+    for disk, _ in _media(root, folder):
+        devices.remove(disk)
+    _child(first, "boot").set("order", "1")
+    return ET.tostring(root, encoding="unicode")
+
+
+def _media(root: ET.Element, folder: Path) -> list[tuple[ET.Element, Path]]:
+    disks = [(one, Path(_get(one, "source", "file") or "/")) for one in root.findall("devices/disk")]
+    return [(one, source) for one, source in disks if one.get("device") == "cdrom" and source.parent == folder]
 
 
 def _parse(xml: str, name: str) -> ET.Element:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import NotSupported
-from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks, without_medium
+from appliance.restore.newhardware import NewDisk, for_hardware, macs, medium_of, wanted_disks, without_medium
 
 XML = """<domain type="kvm" id="7"><name>spare</name><uuid>0ad6c641-c9ed-4eb8-8756-6f488ee35fd8</uuid>
 <os><type machine="{machine}">hvm</type><nvram>/var/spare.fd</nvram><boot dev="hd"/></os><devices>
@@ -94,12 +94,18 @@ def test_what_is_no_domain_is_refused(xml):
 
 
 def test_the_medium_goes_when_it_is_needed_no_more():
-    """P6-19: the disk is the first to start from then; another CD stays, and a second time there is nothing to take."""
-    text = ET.tostring(made(), encoding="unicode")
-    found, medium = without_medium(text, "twin", MEDIUM.parent)
-    root = ET.fromstring(found)
-    assert medium == MEDIUM and str(MEDIUM) not in found
-    assert [one.find("boot").get("order") for one in root.findall("devices/disk[boot]")] == ["1"]
-    assert len(root.findall("devices/disk[@device='cdrom']")) == 1
-    assert without_medium(found, "twin", MEDIUM.parent) == (found, None)
-    assert without_medium(text, "twin", Path("/elsewhere"))[1] is None
+    """P6-19: the disk with the loader is the first to start from then; another CD stays, and a second time there is
+    nothing to take."""
+    disks = {name: NewDisk(Path(f"/new/{name}.qcow2"), "vda") for name in ("sda", "sdc")}
+    text = ET.tostring(made(disks=disks), encoding="unicode")
+    assert medium_of(text, "twin", MEDIUM.parent) == MEDIUM
+    for start in disks:
+        found = without_medium(text, "twin", MEDIUM.parent, start)
+        root = ET.fromstring(found)
+        orders = {one.find("boot").get("order"): one for one in root.findall("devices/disk[boot]")}
+        assert orders["1"].find("target").get("dev") == start and str(MEDIUM) not in found
+        assert len(root.findall("devices/disk[@device='cdrom']")) == 1
+        assert medium_of(found, "twin", MEDIUM.parent) is None
+    assert medium_of(text, "twin", Path("/elsewhere")) is None
+    with pytest.raises(NotSupported, match="has no disk 'sdx' to start from"):
+        without_medium(text, "twin", MEDIUM.parent, "sdx")

@@ -3,6 +3,8 @@ tests/integration/test_image_settle.py."""
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
+
 import pytest
 
 from appliance.cli.settling import sizes_of
@@ -24,7 +26,8 @@ loader: nothing to do
 settle: done
 """
 XML = """<domain><name>twin</name><devices><disk type="file" device="disk"><source file="{folder}/twin-sda.qcow2"/>
-<target dev="sda"/><boot order="2"/></disk><disk type="file" device="cdrom"><source file="{folder}/rewind.iso"/>
+<target dev="sda"/><boot order="2"/></disk><disk type="file" device="disk"><source file="{folder}/twin-sdb.qcow2"/>
+<target dev="sdb"/></disk><disk type="file" device="cdrom"><source file="{folder}/rewind.iso"/>
 <target dev="sdz"/><boot order="1"/></disk></devices></domain>"""
 
 
@@ -74,14 +77,17 @@ class Host:
 def brought_up(tmp_path, monkeypatch, session):
     """A domain whose disk is a small Debian with this report; `state` is what is known of it."""
 
-    def made(report, settles="settle-1", phase="done", suffix=""):
+    def made(report, settles="settle-1", phase="done", suffix="", system="sda"):
         folder = tmp_path / "files"
         changes = {} if report is None else {f"/var/lib/rewind/settle-1{suffix}": report}
         debian(folder, changes)
-        (folder / "disk.raw").rename(folder / "twin-sda.qcow2")
+        for disk in ("sda", "sdb"):
+            (folder / f"twin-{disk}.qcow2").write_bytes(bytes(1 << 20))
+        (folder / "disk.raw").rename(folder / f"twin-{system}.qcow2")
         # The name says what it is in the product; here a raw image is enough.
         monkeypatch.setattr(settling, "_FORMAT", "raw")
-        order = hydrate.Order("twin", "u", "test:///", "p", "{}", {}, {"sda": "vda"}, None, 0, str(folder), settles)
+        disks = {"sda": "vda", "sdb": "vdb"}
+        order = hydrate.Order("twin", "u", "test:///", "p", "{}", {}, disks, None, 0, str(folder), settles)
         left = () if phase == "done" else ("sda",)
         monkeypatch.setattr(settling, "running", lambda *_: Running("twin", "p", phase, 0, 0, left, ""))
         monkeypatch.setattr(settling.hydrate, "load", lambda *_: order)
@@ -110,6 +116,24 @@ def test_the_medium_is_taken_when_the_disk_starts_by_itself(brought_up, session)
     assert found.alone and found.medium.name == "rewind.iso" and "rewind.iso" not in host.xml
     again = settling.settle(session, "twin")
     assert again.alone and again.steps == found.steps
+
+
+@pytest.mark.parametrize("system", ["sda", "sdb"])
+def test_it_starts_from_the_disk_with_the_loader(brought_up, session, system):
+    """P6-19: a data disk may come before the one that holds /boot."""
+    host = brought_up(REPORT, system=system)
+    assert settling.settle(session, "twin").alone
+    first = ET.fromstring(host.xml).find("devices/disk/boot[@order='1']/..")
+    assert first.find("target").get("dev") == system
+
+
+def test_a_system_on_several_disks_keeps_its_medium(brought_up, session, monkeypatch):
+    host = brought_up(REPORT)
+    before = host.xml
+    monkeypatch.setattr(settling, "_read", lambda *_: (REPORT, ("sda", "sdb")))
+    with pytest.raises(ImageError, match="is not known: its /boot lies on sda, sdb"):
+        settling.settle(session, "twin")
+    assert host.xml == before
 
 
 @pytest.mark.parametrize("line", ["left as it was", "failed (1)"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from appliance.errors import ConfigError, ImageError
 from appliance.hypervisor.base import DomainState
 from appliance.restore import hydrate
-from appliance.restore.newhardware import without_medium
+from appliance.restore.newhardware import medium_of, without_medium
 from appliance.service.image import readers
 from appliance.service.image.starting import running
 from appliance.service.session import Session
@@ -54,8 +54,8 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     for LUKS. May be repeated.
 
     Raises ConfigError for a name that nobody brought up, one that was started without `--settle`, and one that runs or
-    still reads from the repository; ImageError when it has not settled yet; GuestUnreadable when its disk cannot be
-    read; HypervisorError. Its definition is as before then.
+    still reads from the repository; ImageError when it has not settled yet, or its /boot lies on several disks;
+    GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as before then.
     """
     found = running(session, name)
     order = hydrate.load(session.home, name)
@@ -72,13 +72,18 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
         raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=f"`virsh shutdown {name}`")
     folder = Path(order.image)
     disks = {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}
-    steps = outcomes(_report(session, disks, order.settles, keys))
+    report, starts = _read(session, disks, order.settles, keys)
+    steps = outcomes(report)
     # What has failed is tried again at the next start from the medium.
     failed = any(one.outcome == "failed" for one in steps)
     alone = not failed and any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps)
-    definition, medium = without_medium(domain.definition(), name, folder)
+    definition = domain.definition()
+    medium = medium_of(definition, name, folder)
     if alone and medium is not None:
-        hypervisor.define(definition)
+        if len(starts) != 1:
+            reason = f"the disk that domain {name!r} starts from is not known: its /boot lies on {', '.join(starts)}"
+            raise ImageError(reason=reason, hint="the boot medium stays attached")
+        hypervisor.define(without_medium(definition, name, folder, starts[0]))
     return Settled(name, alone, steps, medium or folder)
 
 
@@ -93,7 +98,10 @@ def outcomes(report: str) -> tuple[StepDone, ...]:
     return tuple(StepDone(step, _OUTCOMES.get(lines[-1], "failed"), tuple(lines[:-1])) for step, lines in said.items())
 
 
-def _report(session: Session, disks: Mapping[str, Path], settles: str, keys: Sequence[bytes]) -> str:
+def _read(
+    session: Session, disks: Mapping[str, Path], settles: str, keys: Sequence[bytes]
+) -> tuple[str, tuple[str, ...]]:
+    """The report, and the disks that /boot lies on, where the loader is (`images/settle/steps/loader.sh`)."""
     scratch = Path(tempfile.mkdtemp(prefix="settled-", dir=session.home.path / "run"))
     try:
         images = {disk: f"{_FORMAT}:{path}" for disk, path in disks.items()}
@@ -103,7 +111,7 @@ def _report(session: Session, disks: Mapping[str, Path], settles: str, keys: Seq
                 told = guest.tree.read(f"{REPORTS}/{settles}", _MOST)
             except FileNotFoundError:  # of a start after which not all was done
                 told = guest.tree.read(f"{REPORTS}/{settles}.failed", _MOST)
-            return told.decode(errors="replace")
+            return told.decode(errors="replace"), guest.mounts.get("/boot", guest.mounts["/"]).disks
     except FileNotFoundError as error:
         reason = "the guest has not settled yet: its disk has no report of it"
         raise ImageError(reason=reason, hint="start it; its console tells each step") from error
