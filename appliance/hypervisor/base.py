@@ -9,14 +9,16 @@ Drivers know how to find a domain, its disks and its monitor. They make no block
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Disk", "Domain", "DomainState", "Hypervisor", "Monitor", "Pulls", "QemuProcess", "offline_node"]
+__all__ = [
+    "Changes", "Disk", "Domain", "DomainState", "Hypervisor", "Monitor", "Pulls", "QemuProcess", "offline_node",
+]  # fmt: skip
 
 
 def offline_node(target: str) -> str:
@@ -164,6 +166,17 @@ class Pulls(Protocol):
 
     def undefine(self) -> None:
         """End it if it runs, and have its manager forget it with its UEFI variables; its disks stay."""
+        ...
+
+
+@runtime_checkable
+class Changes(Protocol):
+    """A domain whose manager keeps its definition, and takes another one for it."""
+
+    def change(self, edit: Callable[[str], str]) -> None:
+        """Its next start is by what `edit` makes of its definition: of all of it, also of the passwords that
+        `definition` leaves out, which go nowhere else. Raises HypervisorError, DomainNotFound, NotSupported, and what
+        `edit` does; it is as before then."""
         ...
 
 

@@ -235,6 +235,11 @@ class LibvirtDomain:
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE if persistent else 0
         return str(self.call(lambda domain: domain.XMLDesc(flags)))
 
+    def change(self, edit: Callable[[str], str]) -> None:
+        # Of what is defined again without its passwords, VNC for one asks for none any more.
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        _define(self._connection, edit(str(self.call(lambda domain: domain.XMLDesc(flags)))))
+
     def nvram(self) -> Path | None:
         return self._definition().nvram()
 
@@ -324,6 +329,14 @@ class LibvirtDomain:
             self.call(lambda domain: domain.destroy(), repeat=False)
 
 
+def _define(connection: _Connection, definition: str) -> LibvirtDomain:
+    try:
+        made = connection.call(lambda handle: handle.defineXML(definition))
+    except libvirt.libvirtError as error:
+        raise NotSupported(object="the definition", reason=error.get_error_message() or str(error)) from error
+    return LibvirtDomain(connection, str(made.name()), str(made.UUIDString()))
+
+
 class LibvirtHypervisor:
     """One connection to one libvirt of this host; any thread may use it."""
 
@@ -351,11 +364,7 @@ class LibvirtHypervisor:
         return LibvirtDomain(self._connection, *found)
 
     def define(self, definition: str) -> LibvirtDomain:
-        try:
-            made = self._connection.call(lambda handle: handle.defineXML(definition))
-        except libvirt.libvirtError as error:
-            raise NotSupported(object="the definition", reason=error.get_error_message() or str(error)) from error
-        return LibvirtDomain(self._connection, str(made.name()), str(made.UUIDString()))
+        return _define(self._connection, definition)
 
     def versions(self) -> dict[str, str]:
         return {

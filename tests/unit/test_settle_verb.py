@@ -69,8 +69,8 @@ class Host:
     def definition(self):
         return self.xml
 
-    def define(self, definition):
-        self.xml = definition
+    def change(self, edit):
+        self.xml = edit(self.xml)
 
 
 @pytest.fixture

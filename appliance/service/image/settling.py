@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.errors import ConfigError, ImageError
-from appliance.hypervisor.base import DomainState
+from appliance.hypervisor.base import Changes, DomainState
 from appliance.restore import hydrate
 from appliance.restore.newhardware import medium_of, without_medium
 from appliance.service.image import readers
@@ -66,8 +66,7 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     if found.phase != "done":
         reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
         raise ConfigError(reason=reason, hint="wait until `rewind image list` says done")
-    hypervisor = session.hypervisor(order.uri)
-    domain = hypervisor.domain(order.uuid)
+    domain = session.hypervisor(order.uri).domain(order.uuid)
     if domain.state() is not DomainState.SHUTOFF:
         raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=f"`virsh shutdown {name}`")
     folder = Path(order.image)
@@ -77,13 +76,13 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     # What has failed is tried again at the next start from the medium.
     failed = any(one.outcome == "failed" for one in steps)
     alone = not failed and any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps)
-    definition = domain.definition()
-    medium = medium_of(definition, name, folder)
+    medium = medium_of(domain.definition(), name, folder)
     if alone and medium is not None:
         if len(starts) != 1:
             reason = f"the disk that domain {name!r} starts from is not known: its /boot lies on {', '.join(starts)}"
             raise ImageError(reason=reason, hint="the boot medium stays attached")
-        hypervisor.define(without_medium(definition, name, folder, starts[0]))
+        assert isinstance(domain, Changes), "an order is made for a libvirt domain"
+        domain.change(lambda definition: without_medium(definition, name, folder, starts[0]))
     return Settled(name, alone, steps, medium or folder)
 
 
