@@ -402,6 +402,11 @@ class NotSigned(ImageError):
     default_hint = "nothing was switched off; see `rewind image plan` for what can be signed and how"
 
 
+class NotSettled(ImageError):
+    exit_code = 68
+    template = "domain {name!r} does not start from its own disk alone: {reason}"
+
+
 class NotBooted(ImageError):
     exit_code = 67
     template = "point {point} of {domain!r} did not boot: {reason}"

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from appliance.cli import main
 from appliance.cli.settling import sizes_of
 from appliance.config import Home, Settings
 from appliance.errors import ConfigError, ImageError
@@ -115,7 +116,7 @@ def test_the_medium_is_taken_when_the_disk_starts_by_itself(brought_up, session)
     found = settling.settle(session, "twin")
     assert found.alone and found.medium.name == "rewind.iso" and "rewind.iso" not in host.xml
     again = settling.settle(session, "twin")
-    assert again.alone and again.steps == found.steps
+    assert again.alone and again.steps == found.steps and again.medium is None
 
 
 @pytest.mark.parametrize("system", ["sda", "sdb"])
@@ -190,3 +191,24 @@ def test_sizes_are_told_by_disk():
             sizes_of(None, None, (wrong,))
     with pytest.raises(ConfigError, match="the point has no disk 'vdb'"):
         Sizes([], {"vdb": 1 << 20})
+
+
+DONE, FAILED = settling.StepDone("loader", "done", ()), settling.StepDone("grow", "failed", ("out of luck",))
+
+
+@pytest.mark.parametrize(
+    ("alone", "steps", "medium", "code", "words"),
+    [
+        (True, (DONE,), "rewind.iso", 0, "rewind.iso is not needed any more"),
+        (True, (DONE,), None, 0, "no boot medium is attached"),
+        (False, (FAILED, DONE), "rewind.iso", 68, "rewind.iso stays attached"),
+        (False, (FAILED, DONE), None, 68, "twin has no boot medium"),
+    ],
+)
+def test_it_says_whether_the_medium_is_needed(tmp_path, monkeypatch, capsys, alone, steps, medium, code, words):
+    """P6-19: never that something else may go; a domain that still needs its medium is an exit code."""
+    found = settling.Settled("twin", alone, steps, medium and tmp_path / medium)
+    monkeypatch.setattr(settling, "settle", lambda *_: found)
+    assert main(["--home", str(tmp_path / "home"), "image", "settle", "twin"]) == code
+    out, err = capsys.readouterr()
+    assert words in out.splitlines()[-1] and ("grow failed in it" in err) is (code == 68)

@@ -155,7 +155,7 @@ class ImageSettled(Record):
     name: str
     alone: bool
     steps: tuple[ImageStep, ...]
-    medium: Path
+    medium: Path | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.secrets import luks_keys, luks_option
-from appliance.errors import ConfigError, ConnectError, DomainNotFound, GuestUnreadable, ImageError
+from appliance.errors import ConfigError, ConnectError, DomainNotFound, GuestUnreadable, ImageError, NotSettled
+
+if TYPE_CHECKING:
+    from appliance.service.image.settling import Settled
 
 __all__ = ["settle_command"]
 
 _WORDS = {"done": "done", "nothing": "nothing to do", "left": "left as it was", "failed": "FAILED"}
 
 
-@verb("settle", ConnectError, ConfigError, DomainNotFound, GuestUnreadable, ImageError)
+@verb("settle", ConnectError, ConfigError, DomainNotFound, GuestUnreadable, ImageError, NotSettled)
 @click.argument("name")
 @luks_option
 def settle_command(context: Context, name: str, luks_key: tuple[str, ...]) -> None:
@@ -29,8 +34,27 @@ def settle_command(context: Context, name: str, luks_key: tuple[str, ...]) -> No
         found = settling.settle(session, name, luks_keys(luks_key))
     steps = tuple(records.ImageStep(one.name, one.outcome, one.said) for one in found.steps)
     lines = [f"{one.name:12} {_WORDS[one.outcome]:14}  {'; '.join(one.said)}".rstrip() for one in steps]
-    if found.alone:
-        lines.append(f"{name} starts from its own disk now; {found.medium} is not needed any more")
-    else:
-        lines.append(f"{name} needs {found.medium} to start: it stays attached")
+    lines.append(_upshot(found))
     context.output.emit(records.ImageSettled(found.name, found.alone, steps, found.medium), "\n".join(lines))
+    if not found.alone:
+        raise NotSettled(name=name, reason=_why(found), hint=_hint(found))
+
+
+def _upshot(found: Settled) -> str:
+    medium = "no boot medium is attached" if found.medium is None else f"{found.medium} is not needed any more"
+    if found.alone:
+        return f"{found.name} starts from its own disk; {medium}"
+    return f"{found.name} has no boot medium" if found.medium is None else f"{found.medium} stays attached"
+
+
+def _why(found: Settled) -> str:
+    failed = [one.name for one in found.steps if one.outcome == "failed"]
+    if failed:
+        return f"{', '.join(failed)} failed in it"
+    return "its disk has no loader that this firmware starts"
+
+
+def _hint(found: Settled) -> str:
+    if found.medium is None:
+        return "attach the medium that `rewind image start` made for it"
+    return "the next start from its boot medium tries again what failed; until then it needs the medium"

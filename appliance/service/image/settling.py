@@ -41,12 +41,13 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """`alone`: its disk starts by itself, and its definition has no `medium` any more; the file is still there."""
+    """`alone`: its disk starts by itself, and its definition has no boot medium any more. `medium`: the file that was
+    attached before, and is still there; None for a domain that had none."""
 
     name: str
     alone: bool
     steps: tuple[StepDone, ...]
-    medium: Path
+    medium: Path | None
 
 
 def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
@@ -83,7 +84,7 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
             raise ImageError(reason=reason, hint="the boot medium stays attached")
         assert isinstance(domain, Changes), "an order is made for a libvirt domain"
         domain.change(lambda definition: without_medium(definition, name, folder, starts[0]))
-    return Settled(name, alone, steps, medium or folder)
+    return Settled(name, alone, steps, medium)
 
 
 def outcomes(report: str) -> tuple[StepDone, ...]:
