@@ -24,6 +24,8 @@ _BUSES = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd"}
 # Its driver in Linux takes a disk without a world wide name for no disk (`mptsas_is_end_device`); QEMU gives none.
 _SAS = "lsisas1068"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Places (bus, unit) of one controller in the order in which the medium takes them: a PC has its CD on IDE's second bus.
+_PLACES = {"ide": ((1, 0), (1, 1), (0, 1), (0, 0)), "sata": tuple((0, unit) for unit in range(6))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,20 +198,49 @@ def _boot_from(root: ET.Element, medium: Path) -> None:
         _drop(element, "boot")
     q35 = system is not None and "q35" in _get(system, "type", "machine")
     bus = "sata" if q35 else "ide"
-    used = {_target(one) for one in root.findall("devices/disk")}
-    # IDE has four places, each with a letter of its own.
-    letters = "cdba" if bus == "ide" else reversed(_LETTERS)
-    name = next((f"{_BUSES[bus]}{letter}" for letter in letters if f"{_BUSES[bus]}{letter}" not in used), "")
-    if not name:
-        raise NotSupported(object="the target", reason=f"its {bus} bus has no place left for the boot medium")
+    controller, channel, unit, name = _free_place(root, bus)
     element = ET.SubElement(devices, "disk", type="file", device="cdrom")
     ET.SubElement(element, "driver", name="qemu", type="raw")
     ET.SubElement(element, "source", file=str(medium))
     ET.SubElement(element, "target", dev=name, bus=bus)
     ET.SubElement(element, "readonly")
+    place = {"controller": controller, "bus": channel, "target": 0, "unit": unit}
+    ET.SubElement(element, "address", {"type": "drive", **{key: str(value) for key, value in place.items()}})
     ET.SubElement(element, "boot", order="1")
     if disks := _hard_disks(root):
         ET.SubElement(disks[0], "boot", order="2")
+
+
+def _free_place(root: ET.Element, bus: str) -> tuple[int, int, int, str]:
+    """(controller, bus, unit, target name) for the medium, on the machine's own controller as long as that has a place:
+    libvirt adds each controller that an address or a late letter asks for, and the target has none such. A second one
+    is only asked of SATA, of which a machine may have several."""
+    by_name = {"hd": "ide"}  # the bus of a disk that names none
+    disks = [
+        one for one in root.findall("devices/disk")
+        if (_get(one, "target", "bus") or by_name.get(_target(one)[:2])) == bus
+    ]  # fmt: skip
+    used = {_place_of(one, bus) for one in disks}
+    names = {_target(one) for one in root.findall("devices/disk")}
+    for controller in range(1 if bus == "ide" else len(disks) + 1):
+        for channel, unit in _PLACES[bus]:
+            first = controller * len(_PLACES[bus]) + channel * 2 + unit
+            free = (f"{_BUSES[bus]}{one}" for one in _LETTERS[first : first + 1] + _LETTERS)
+            name = next((one for one in free if one not in names), "")
+            if name and (controller, channel, unit) not in used:
+                return controller, channel, unit, name
+    raise NotSupported(object="the target", reason=f"its {bus} bus has no place left for the boot medium")
+
+
+def _place_of(disk: ET.Element, bus: str) -> tuple[int, int, int]:
+    """Where it is said to be, else where libvirt puts it by its letter (virDomainDiskDefAssignAddress)."""
+    address = disk.find("address[@type='drive']")
+    if address is not None:
+        found = (address.get(key, "0") for key in ("controller", "bus", "unit"))
+        controller, channel, unit = (int(one) if one.isdecimal() else 0 for one in found)
+        return controller, channel, unit
+    controller, rest = divmod(max(_LETTERS.find(_target(disk)[2:]), 0), len(_PLACES[bus]))
+    return (controller, *divmod(rest, 2)) if bus == "ide" else (controller, 0, rest)
 
 
 def _get(element: ET.Element, path: str, name: str) -> str:

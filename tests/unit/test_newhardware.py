@@ -80,8 +80,35 @@ def test_more_disks_than_the_target_has_get_places_that_are_free():
         wanted_disks(Q35, 40, "twin")
 
 
+CD = '<disk device="cdrom"><target {}/>{}</disk>'
+
+
+@pytest.mark.parametrize(
+    ("machine", "others", "place", "name"),
+    [
+        ("q35", [], "0 0 0", "sdc"),  # sda has unit 3, sdb by its name unit 1
+        # A letter is one disk's on all buses.
+        ("q35", [('dev="sdc" bus="scsi"', ""), ('dev="sdd" bus="sata"', "0 0")], "0 0 2", "sde"),
+        ("q35", [(f'dev="sd{one}" bus="sata"', "") for one in "acef"], "1 0 0", "sdg"),
+        ("pc", [], "0 1 0", "hdc"),
+        ("pc", [('dev="hda" bus="ide"', "1 0")], "0 1 1", "hdd"),
+        ("pc", [('dev="hdc"', "")], "0 1 1", "hdd"),
+    ],
+)
+def test_the_medium_is_on_a_controller_that_the_target_has(machine, others, place, name):
+    """P6-24: libvirt adds controllers up to that of a late letter, and the guest sees hardware that no plan knows."""
+    places = [(one, '<address type="drive" bus="{}" unit="{}"/>'.format(*where.split()) if where else "")
+              for one, where in others]  # fmt: skip
+    more = "".join(CD.format(*one) for one in places)
+    root = made(XML.format(machine=machine).replace("</devices>", f"{more}</devices>"))
+    (medium,) = (one for one in root.findall("devices/disk") if one.find(f"source[@file='{MEDIUM}']") is not None)
+    where = medium.find("address[@type='drive']")
+    assert " ".join(where.get(key) for key in ("controller", "bus", "unit")) == place
+    assert medium.find("target").get("dev") == name
+
+
 def test_a_bus_without_a_place_for_the_medium_is_told():
-    xml = XML.format(machine="pc").replace("sdb", "hda")
+    xml = XML.format(machine="pc").replace('dev="sdb" bus="sata"', 'dev="hda" bus="ide"')
     more = "".join(f'<disk device="cdrom"><target dev="hd{one}" bus="ide"/></disk>' for one in "bcd")
     with pytest.raises(NotSupported, match="ide bus has no place"):
         made(xml.replace("</devices>", f"{more}</devices>"))
