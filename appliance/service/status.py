@@ -63,7 +63,7 @@ class DomainState:
 
 
 def brought_up(session: Session) -> tuple[list[Running], list[Streamed]]:
-    """Domains and machines that were brought up from here and whose disks are not their own yet."""
+    """Domains and machines that were brought up from here and whose disks are not their own yet, or that are gone."""
     from appliance.restore import hydrate, serve
 
     started: list[Running] = []

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from appliance.cli.verbs.streaming import emit_running
 from appliance.config import Home
+from appliance.errors import ConnectError, DomainNotFound
+from appliance.restore import hydrate
 from appliance.service.image import making, starting
 from images.settle.choice import After
 from tests.support.settling import plan
@@ -55,3 +58,47 @@ def test_each_domain_gets_an_identity_of_its_own(made, keep):
     """P6-24: clones of one point on one target, also where its host name is kept, or cannot be that of the domain."""
     lines = {made(name, identity="new", keep=keep) for name in ("one", "two_clones", "three_clones")}
     assert len(lines) == 3 and all("systemd.machine_id=" in line for line in lines)
+
+
+# --- what became of it ----------------------------------------------------------------------------------------------
+
+
+def raiser(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def brought_up(tmp_path, monkeypatch):
+    """`running` of a domain in this phase, of which the hypervisor says this."""
+    order = hydrate.Order("twin", "u", "test:///", "p", "{}", {}, {"sda": "vda"}, None, 0, str(tmp_path), "")
+    monkeypatch.setattr(hydrate, "load", lambda *_: order)
+    monkeypatch.setattr(starting, "lives", lambda _: True)
+
+    def made(phase, domain=lambda _: None):
+        monkeypatch.setattr(hydrate, "state", lambda *_: {"phase": phase, "error": "no domain"})
+        session = SimpleNamespace(home=Home(tmp_path), hypervisor=lambda _: SimpleNamespace(domain=domain))
+        return session, starting.running(session, "twin")
+
+    return made
+
+
+@pytest.mark.parametrize("phase", ["done", "off", "pulling"])
+def test_a_domain_that_was_undefined_is_gone(brought_up, phase):
+    """P6-24: "done" was said of a domain that there is not, and "off" for ever of one that was being filled."""
+    missing = DomainNotFound(domain="u", uri="test:///")
+    session, found = brought_up(phase, raiser(missing))
+    assert found.phase == "gone" and starting.follow(session, "twin") == found
+    said = []
+    output = SimpleNamespace(emit=lambda record, text: said.append((record.phase, text)))
+    emit_running(SimpleNamespace(output=output), found)
+    ((told, text),) = said
+    assert told == "gone" and "no such domain" in text and "`rewind image forget twin`" in text
+
+
+@pytest.mark.parametrize("phase", ["done", "off", "pulling"])
+def test_a_hypervisor_that_does_not_answer_says_nothing_of_it(brought_up, phase):
+    away = ConnectError(uri="test:///", reason="nobody answers")
+    assert brought_up(phase, raiser(away))[1].phase == brought_up(phase)[1].phase == phase

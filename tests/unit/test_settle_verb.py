@@ -10,7 +10,7 @@ import pytest
 from appliance.cli import main
 from appliance.cli.settling import sizes_of
 from appliance.config import Home, Settings
-from appliance.errors import ConfigError, ImageError
+from appliance.errors import ConfigError, DomainNotFound, ImageError
 from appliance.hypervisor.base import DomainState
 from appliance.restore import hydrate
 from appliance.service.image import settling
@@ -177,6 +177,13 @@ def test_when_it_cannot_be_known(brought_up, session, options, power, words):
     with pytest.raises(ConfigError, match=words):
         settling.settle(session, "twin")
     assert host.xml == before
+
+
+def test_a_domain_that_is_gone_has_nothing_to_settle(brought_up, session):
+    brought_up(REPORT, phase="gone")
+    with pytest.raises(DomainNotFound, match="no domain 'twin'") as told:
+        settling.settle(session, "twin")
+    assert "`rewind image forget twin`" in told.value.hint
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------

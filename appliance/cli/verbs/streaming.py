@@ -130,8 +130,9 @@ def emit_running(context: Context, one: Running) -> None:
         "off": f"off, and still needs the repository for {', '.join(one.left)}",
         "done": "done: its disks are its own",
         "stopped": "nobody fills its disks any more: `rewind image resume` goes on",
+        "gone": f"gone: there is no such domain any more; `rewind image forget {one.name}` ends what is kept for it",
     }
-    error = f" ({one.error})" if one.error else ""
+    error = f" ({one.error})" if one.error and one.phase != "gone" else ""
     context.output.emit(record, f"{one.name:20} {words.get(one.phase, one.phase)}{error}")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.errors import ConfigError, ImageError
+from appliance.errors import ConfigError, DomainNotFound, ImageError
 from appliance.hypervisor.base import Changes, DomainState
 from appliance.restore import hydrate
 from appliance.restore.newhardware import medium_of, without_medium
@@ -55,8 +55,8 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     for LUKS. May be repeated.
 
     Raises ConfigError for a name that nobody brought up, one that was started without `--settle`, and one that runs or
-    still reads from the repository; ImageError when it has not settled yet, or its /boot lies on several disks;
-    GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as before then.
+    still reads from the repository; DomainNotFound for one that is gone; ImageError when it has not settled yet, or its
+    /boot lies on several disks; GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as before then.
     """
     found = running(session, name)
     order = hydrate.load(session.home, name)
@@ -64,6 +64,8 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     if not order.settles:
         hint = "`rewind image start --settle` has a guest make its disk start by itself"
         raise ConfigError(reason=f"domain {name!r} was not started with --settle", hint=hint)
+    if found.phase == "gone":
+        raise DomainNotFound(domain=name, uri=order.uri, hint=f"`rewind image forget {name}` ends what is kept for it")
     if found.phase != "done":
         reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
         raise ConfigError(reason=reason, hint="wait until `rewind image list` says done")

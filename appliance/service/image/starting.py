@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appliance.errors import AlreadyExists, ConfigError, DomainNotFound, Locked, NotSupported
+from appliance.errors import AlreadyExists, ConfigError, DomainNotFound, HypervisorError, Locked, NotSupported
 from appliance.hypervisor.base import Pulls
 from appliance.hypervisor.qemu_user import qemu_user
 from appliance.model import DiskPoint, Point
@@ -60,8 +60,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """How far a domain is that was brought up: `phase` is `pulling`, `off` (it does not run), `done`, or `stopped` when
-    the process that fills its disks has died; `left` are the disks that still need the repository."""
+    """How far a domain is that was brought up: `phase` is `pulling`, `off` (it does not run), `done`, `stopped` when
+    the process that fills its disks has died, or `gone` when the hypervisor has no such domain any more, however far it
+    was; `left` are the disks that still need the repository."""
 
     name: str
     point: str
@@ -177,7 +178,7 @@ def follow(session: Session, name: str, progress: Progress = silent) -> Running:
     while True:
         found = running(session, name)
         progress(found.done_bytes, found.total_bytes, f"disks of {name}")
-        if found.phase in ("done", "stopped"):
+        if found.phase in ("done", "stopped", "gone"):
             return found
         time.sleep(_LOOK)
 
@@ -222,10 +223,23 @@ def running(session: Session, name: str) -> Running:
     phase = str(state.get("phase", "stopped"))
     if phase != "done" and not lives(state.get("key", "")):
         phase = "stopped"
+    if _gone(session, order):
+        phase = "gone"
     return Running(
         name, order.point, phase, int(state.get("done", 0)), int(state.get("total", 0)), tuple(state.get("left", ())),
         str(state.get("error", "")),
     )  # fmt: skip
+
+
+def _gone(session: Session, order: hydrate.Order) -> bool:
+    """Whether its hypervisor answers and has no such domain. One that does not answer says nothing about it."""
+    try:
+        session.hypervisor(order.uri).domain(order.uuid)
+    except DomainNotFound:
+        return True
+    except HypervisorError:
+        return False
+    return False
 
 
 def _addresses(definition: str, name: str, new: bool) -> list[str]:
