@@ -56,7 +56,8 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
 
     Raises ConfigError for a name that nobody brought up, one that was started without `--settle`, and one that runs or
     still reads from the repository; DomainNotFound for one that is gone; ImageError when it has not settled yet, or its
-    /boot lies on several disks; GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as before then.
+    /boot lies on several disks; GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as
+    before then.
     """
     found = running(session, name)
     order = hydrate.load(session.home, name)
