@@ -13,6 +13,7 @@ from appliance.errors import ConnectError, DomainNotFound
 from appliance.restore import hydrate
 from appliance.service.image import making, starting
 from images.settle.choice import After
+from tests.support.imagekit import FolderTree
 from tests.support.settling import plan
 
 
@@ -30,7 +31,7 @@ def made(tmp_path, monkeypatch):
         raise Enough
 
     planned = making.Planned(plan(), "web", "p", None, "t", "fast")
-    ready = making.Ready(planned, SimpleNamespace(tree=None, volumes=()), None, None)
+    ready = making.Ready(planned, SimpleNamespace(tree=FolderTree(tmp_path), volumes=()), None, None)
     target = SimpleNamespace(definition="<domain><devices/></domain>", inventory=plan().inventory)
     monkeypatch.setattr(making, "prepared", lambda *_: contextlib.nullcontext(ready))
     monkeypatch.setattr(making, "build_image", build_image)
@@ -45,10 +46,12 @@ def made(tmp_path, monkeypatch):
         repository=SimpleNamespace(session=lambda _: contextlib.nullcontext()),
     )  # fmt: skip
 
-    def start(name, **after):
+    def start(name, warned=lambda _: None, **after):
         with pytest.raises(Enough):
-            starting.start(session, "web", "latest", "rack", name, tmp_path / "files", after=After(**after))
-        return found[-1]
+            starting.start(
+                session, "web", "latest", "rack", name, tmp_path / "files", after=After(**after), warned=warned
+            )  # fmt: skip
+        return found[-1] if found else ""
 
     return start
 
@@ -58,6 +61,24 @@ def test_each_domain_gets_an_identity_of_its_own(made, keep):
     """P6-24: clones of one point on one target, also where its host name is kept, or cannot be that of the domain."""
     lines = {made(name, identity="new", keep=keep) for name in ("one", "two_clones", "three_clones")}
     assert len(lines) == 3 and all("systemd.machine_id=" in line for line in lines)
+
+
+def test_what_the_guest_lacks_is_told_before_it_is_started(made, tmp_path, monkeypatch):
+    """P6-19: and by `plan`, with the same options."""
+
+    def define(*_args):
+        raise Enough
+
+    heard = []
+    built = SimpleNamespace(files={"iso": tmp_path / "x.iso"})
+    monkeypatch.setattr(making, "build_image", lambda *_args, **_rest: built)
+    monkeypatch.setattr(starting, "_define", define)
+    made("twin", settle=True, warned=heard.extend)
+    lacks = [one for one in heard if "update-initramfs" in one]
+    assert lacks
+    planned = making.plan(None, "web", "latest", "rack", after=After(settle=True))
+    assert set(lacks) < set(planned.plan.warnings)
+    assert not any("update-initramfs" in one for one in making.plan(None, "web", "latest", "rack").plan.warnings)
 
 
 # --- what became of it ----------------------------------------------------------------------------------------------

@@ -317,10 +317,14 @@ def _emit_drivers(context: Context, one: Any) -> None:
 @_TEMPLATE
 @luks_option
 @click.option("--all", "all_of", is_flag=True, help="Also list each default driver that is left out.")
+@after_options
 def _plan(
-    context: Context, domain: str, when: str, target: str, template: str, luks_key: tuple[str, ...], all_of: bool
-) -> None:
+    context: Context, domain: str, when: str, target: str, template: str, luks_key: tuple[str, ...], all_of: bool,
+    after: Any,
+) -> None:  # fmt: skip
     """Tell which drivers an image of DOMAIN for a target would have, and why. Nothing is written.
+
+    With --settle and its like also what the guest lacks for that: programs that have to be in the point.
 
     Where a driver is missing that has to be there the plan ends as `build` would: refused, with the list.
     """
@@ -328,7 +332,8 @@ def _plan(
     from images.drivers.plan import refuse_if_missing
 
     with context.session() as session:
-        planned = making.plan(session, domain, when, target, template, luks_keys(luks_key))
+        keys = luks_keys(luks_key)
+        planned = making.plan(session, domain, when, target, template, keys, after=chosen(after))
     _emit_plan(context, planned, all_of)
     refuse_if_missing(planned.plan)
 
@@ -428,14 +433,13 @@ def _start(
         made = starting.start(
             session, domain, when, target, name, folder, template=template, keys=luks_keys(luks_key), rate=rate or 0,
             new_macs=new_macs, after=chosen(after), sizes=sizes,
+            warned=lambda them: context.output.tell("\n".join(f"warning: {one}" for one in them)),
         )  # fmt: skip
         record = records.ImageStarted(
             made.name, made.uuid, made.point, made.target, made.disks, made.image, made.seconds, made.warnings
         )
-        lines = [f"warning: {one}" for one in made.warnings]
         took = format_duration(made.seconds)
-        lines.append(f"{name} runs after {took}; `rewind image list` tells how far its disks are")
-        context.output.emit(record, "\n".join(lines))
+        context.output.emit(record, f"{name} runs after {took}; `rewind image list` tells how far its disks are")
         if not background:
             with context.output.meter(f"disks of {name}") as meter:
                 emit_running(context, starting.follow(session, name, meter.update))

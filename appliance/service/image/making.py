@@ -30,6 +30,7 @@ from images.drivers.tables import tables_from_folder, tables_from_tree
 from images.guest import Guest, open_guest
 from images.model import Client, Inventory, Plan
 from images.settle.choice import After, report_of, with_steps
+from images.settle.lacks import lacking
 from images.template.build import Template
 
 __all__ = ["Made", "Planned", "Ready", "build", "opened", "plan", "prepared"]
@@ -86,11 +87,12 @@ def opened(session: Session, domain: str, when: str, keys: Sequence[bytes] = ())
 
 def plan(
     session: Session, domain: str, when: str, target: str, template: str = "", keys: Sequence[bytes] = (),
-    options: Options | None = None,
+    options: Options | None = None, after: After | None = None,
 ) -> Planned:  # fmt: skip
-    """Raises NoSuchTarget, NoSuchTemplate, GuestUnreadable, and as `export`. A missing driver is told in the plan."""
+    """`after` as for `build`: its plan has the same warnings. Raises NoSuchTarget, NoSuchTemplate, GuestUnreadable, and
+    as `export`. A missing driver is told in the plan."""
     with prepared(session, domain, when, target, template, keys, options) as ready:
-        return ready.planned
+        return replace(ready.planned, plan=_with_lacks(ready.planned.plan, ready.guest, after or After()))
 
 
 def build(
@@ -107,6 +109,7 @@ def build(
             look(ready.guest)
         seed = " ".join([planned.point, planned.plan.inventory.name, *([machine] if machine else [])])
         plan, settings = with_steps(planned.plan, after or After(), seed)
+        plan = _with_lacks(plan, ready.guest, after or After())
         built = build_image(
             plan, ready.guest.tree, ready.template, media=media, folder=folder, settings=settings,
             driver_store=drivers.reader(ready.store, plan.client.release),
@@ -138,6 +141,12 @@ def _plan(
         client, tables_from_tree(guest.tree, client.modules), inventory, tables_from_folder(template.modules),
         store.tables(client.release), options=options,
     )  # fmt: skip
+
+
+def _with_lacks(plan: Plan, guest: Guest, after: After) -> Plan:
+    """With warnings of what its client has not got for what it is to do to itself."""
+    lacks = lacking(plan, guest.tree, guest.volumes, after.choice(plan, ""))
+    return replace(plan, warnings=(*plan.warnings, *lacks))
 
 
 def _with_origin(client: Client, point: Point) -> tuple[Client, list[str]]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,11 +76,11 @@ class Running:
 def start(
     session: Session, domain: str, when: str, target: str, name: str, folder: Path, *, template: str = "",
     keys: Sequence[bytes] = (), rate: int = 0, new_macs: bool = False, after: After | None = None,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | None = None, warned: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Started:  # fmt: skip
     """Bring DOMAIN's point up as the new domain `name` with the target's hardware; its files are in `folder`.
     `after` as for `making.build`; a new host name is that of the domain if none is chosen. `sizes` are bytes that disks
-    of the point get instead of their own.
+    of the point get instead of their own. `warned` gets the warnings before anything of the domain is there.
 
     Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing,
     ConfigError for a size of a disk that there is not, ImageError for one that is too small, and what `making.build`
@@ -88,7 +88,8 @@ def start(
     """
     with _alone(session, name), session.repository.session(f"start of {name}"):
         return _start(
-            session, domain, when, target, name, folder, template, keys, rate, new_macs, after or After(), sizes or {}
+            session, domain, when, target, name, folder, template, keys, rate, new_macs, after or After(), sizes or {},
+            warned,
         )  # fmt: skip
 
 
@@ -106,6 +107,7 @@ def _alone(session: Session, name: str) -> Iterator[None]:
 def _start(
     session: Session, domain: str, when: str, target: str, name: str, folder: Path, template: str,
     keys: Sequence[bytes], rate: int, new_macs: bool, after: After, sizes: Mapping[str, int],
+    warned: Callable[[Sequence[str]], None],
 ) -> Started:  # fmt: skip
     began = time.monotonic()
     found = targets.find(session, target)
@@ -129,6 +131,8 @@ def _start(
             after=after.named(name), look=fit.look, machine=identity,
         )  # fmt: skip
         undo.callback(_remove, folder)
+        warnings = (*made.planned.plan.warnings, *shared)
+        warned(warnings)
         medium = made.built.files[_MEDIUM]
         new = _define(
             session, undo, point, fit, places, name, identity, folder, medium, found, addresses, rate, made.settles
@@ -137,7 +141,7 @@ def _start(
         undo.pop_all()
     return Started(
         name, new.uuid, point.id, target, {place: folder / f"{name}-{place}.qcow2" for place in places}, folder,
-        time.monotonic() - began, (*made.planned.plan.warnings, *shared),
+        time.monotonic() - began, warnings,
     )  # fmt: skip
 
 
