@@ -109,7 +109,7 @@ def make_plan(
         disks=tuple(rows), changed_bytes=changed, chunks=chunks, extents=extents,
         expected_seconds=_FIXED + changed / min(rate or _RATE, _RATE),
         files=tuple(sorted([part.disk.source for part in parts] + [f"{home.revert(domain.uuid)}/"])),
-        notes=(*notes(domain, point, parts, bool(names)), *_reading(repo, record)),
+        notes=(*notes(domain, point, parts, bool(names)), *_reading(repo, record), *_reset(domain)),
         compared=all(part.disk.target in now for part in parts),
     )  # fmt: skip
 
@@ -120,6 +120,13 @@ def _reading(repo: Repository, record: Protection) -> list[str]:
         return []
     why = "was forgotten" if record.last_point else "is not there yet"
     return [f"the point that the next one continues from {why}: the protected disks are read whole first"]
+
+
+def _reset(domain: Domain) -> list[str]:
+    """Not of `notes`, which are told of a revert that was done as well."""
+    if domain.state() is DomainState.SHUTOFF:
+        return []
+    return ["the guest is reset: what it has in memory alone is gone, and no undo brings it back"]
 
 
 def _present(home: Home, repo: Repository, record: Protection) -> dict[str, MapRef]:

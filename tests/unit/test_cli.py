@@ -746,6 +746,24 @@ def test_a_plan_counts_against_what_it_says(web, monkeypatch):
     assert "what differs (at most 384 KiB is moved) is rewritten" in asked[0]
 
 
+def test_a_plan_tells_what_becomes_of_the_guest_that_runs(web, monkeypatch):
+    """P5-22: what was not written is in no point, so no undo has it; one that is shut off loses nothing."""
+    for power, said in ((DomainState.RUNNING, True), (DomainState.PAUSED, True), (DomainState.SHUTOFF, False)):
+        domain = Off()
+        monkeypatch.setattr(domain, "state", lambda power=power: power, raising=False)
+        monkeypatch.setattr(Session, "domain", lambda *_, domain=domain: domain)
+        words = "the guest is reset: what it has in memory alone is gone"
+        assert web("revert", "web", "--to", "0002abcd00000002", "--dry-run") == 0
+        assert (words in web.out) is said
+        notes = web.json("revert", "web", "--to", "0002abcd00000002", "--dry-run")[0]["notes"]
+        assert any(one.startswith(words) for one in notes) is said
+        asked = []
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr("click.confirm", lambda question, err, asked=asked: asked.append(question))
+        assert web("revert", "web", "--to", "0002abcd00000002") == 56
+        assert ("and the guest is reset" in asked[0]) is said
+
+
 def test_a_label_that_is_used_already_is_told_when_the_point_is_taken(web):
     """Which point has it; the point is not refused (here it fails later, as there is no hypervisor)."""
     assert web("point", "web", "--label", "before-upgrade") != 0

@@ -177,9 +177,10 @@ def _confirm(action: str, planned: Plan, yes: bool) -> None:
         return
     size = format_size(planned.changed_bytes)
     known = f"{size} and what was written since the newest point are rewritten"
+    then = "" if planned.mode == "offline" else ", and the guest is reset"
     question = (
         f"{action}: {known if planned.compared else f'what differs (at most {size} is moved) is rewritten'} as"
-        f" of point {planned.point} of {clock(planned.time)}, and the guest is reset. Go on?"
+        f" of point {planned.point} of {clock(planned.time)}{then}. Go on?"
     )
     confirm(question, action)
 
