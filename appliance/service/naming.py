@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from appliance.errors import ConfigError, DomainNotFound, NotProtected
+from appliance.errors import ConfigError, DomainNotFound, HypervisorError, NotProtected
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection
@@ -21,8 +21,8 @@ __all__ = ["earlier", "holder", "lost", "uuid_of"]
 
 
 def uuid_of(session: Session, name: str, *, reading: bool = False) -> tuple[str, str]:
-    """(UUID, name) of a domain that is protected or has points. The hypervisor is not asked: history must be readable
-    when libvirt is down or the domain is gone. Only with `reading` it may be another than the protected one.
+    """(UUID, name) of a domain that is protected or has points. The hypervisor is asked for hints only: history must be
+    readable when libvirt is down or the domain is gone. Only with `reading` it may be another than the one protected.
 
     Raises NotProtected, and ConfigError for a name of several domains that have points and none of which is protected.
     """
@@ -85,14 +85,22 @@ def _several(name: str, found: dict[str, int]) -> ConfigError:
 
 
 def _meant(session: Session, name: str) -> str:
-    """A known name that looks like it; empty for the usual hint."""
+    """A known name that looks like it, or that there is no such domain; empty for the usual hint, to protect it."""
     from difflib import get_close_matches
 
     from appliance.capture import protection
 
     names = {one.domain for one in protection.all_records(session.home)} | set(session.catalogue.names())
     close = get_close_matches(name, sorted(names), 1)
-    return f"did you mean {close[0]!r}?" if close else ""
+    if close:
+        return f"did you mean {close[0]!r}?"
+    try:
+        session.hypervisor().domain(name)
+    except DomainNotFound:
+        return f"there is no domain {name!r}: `rewind status --all` lists those that there are"
+    except HypervisorError:
+        pass
+    return ""
 
 
 # --- a protected domain that the hypervisor does not know any more ----------------------------------------------------

@@ -85,6 +85,16 @@ def take(session, uuid, name, parent=None, second=0, timeline="t"):
     return made
 
 
+def test_a_name_that_nobody_has_is_not_to_be_protected(session):
+    """The hint of a domain that there is leads on; of one that there is not it was refused as well."""
+    session.there.append(Domain(OLD, "other"))
+    for name, hint in (("nosuch", "there is no domain 'nosuch': `rewind status --all` lists those that there are"),
+                       ("other", "`rewind protect other` begins")):  # fmt: skip
+        with pytest.raises(NotProtected) as told:
+            uuid_of(session, name)
+        assert told.value.hint == hint
+
+
 @pytest.fixture
 def lost(session):
     """`web` was protected, has two points, and is gone."""
