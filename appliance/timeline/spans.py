@@ -22,7 +22,7 @@ __all__ = ["Base", "Branch", "CapturedSpan", "Event", "Line", "captured", "gaps"
 
 # The capture is looked at once a second; this long without a word is no longer a late look.
 _SILENT = timedelta(seconds=5)
-_NO_BASE = "no point to count from yet"
+_NO_BASE = "the capture had no baseline yet"
 _NO_WORD = "the process that captured ended without a word"
 _DAMAGED = "the ledger is damaged here"
 

@@ -937,7 +937,7 @@ def test_timeline_tells_everything_as_lines(web):
     ]  # fmt: skip
     assert [one["bases"] for one in kinds["span"]] == [[f"000{n}abcd0000000{n}"] for n in (1, 2, 1)]
     assert [(one["start"][11:], one["seconds"], one["reason"]) for one in kinds["gap"]][:2] == [
-        ("12:00:58Z", 2.0, "no point to count from yet"),
+        ("12:00:58Z", 2.0, "the capture had no baseline yet"),
         ("12:01:30Z", 60.0, "the journal did not answer for 250 ms"),
     ]
     assert kinds["gap"][2]["reason"] == "the capture has not been seen to run since"
@@ -1029,7 +1029,7 @@ def test_points_have_the_gaps_of_the_ledger_while_every_write_is_wanted(web):
     protection.save(Home(web.home), replace(put_again, continuous=False, every=60))
     rows = [one for one in web.json("points", "web") if one["type"] == "gap"]
     assert [one["reason"] for one in rows] == [
-        "no point to count from yet", "the journal did not answer for 250 ms", "no point was taken",
+        "the capture had no baseline yet", "the journal did not answer for 250 ms", "no point was taken",
     ]  # fmt: skip
     assert rows[-1]["start"] == "2026-03-01T12:04:00Z"
 

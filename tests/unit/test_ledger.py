@@ -68,7 +68,7 @@ def test_a_running_capture(covered):
     assert usable(covered, 600) == ["p2", "p1"]
     assert usable(covered, 601) == []
     assert usable(covered, 300, TWO) == []
-    assert said(covered, 61) == [(0, 10, "no point to count from yet")]
+    assert said(covered, 61) == [(0, 10, "the capture had no baseline yet")]
 
 
 def test_a_capture_that_is_not_seen_any_more_is_a_gap_until_somebody_looks_again(covered):
@@ -234,7 +234,7 @@ def test_a_gap_that_the_clock_hides_is_listed_without_length(covered):
 def test_what_holds_an_instant(covered):
     covered.ended(ONE, None, None, "the spool was full")
     assert covered.at(at(-1), at(70)) is None
-    assert covered.at(at(5), at(70)) == Gap(at(0), at(10), "no point to count from yet")
+    assert covered.at(at(5), at(70)) == Gap(at(0), at(10), "the capture had no baseline yet")
     assert covered.at(at(10), at(70)).base_points == ("p1", "p2")
     assert covered.at(at(65), at(70)) == Gap(at(60), at(70), "the spool was full")
     assert covered.at(at(75), at(70)) is None
@@ -246,10 +246,10 @@ def test_what_was_given_up_on_purpose_is_no_gap(covered):
     assert said(covered, 5000)[1:] == [(61, 62, "continuous capture was ended")]
     assert covered.at(at(1000), at(5000)) is None
     covered.began(TWO, 0, at(6000))
-    assert said(covered, 6004)[2:] == [(6000, 6004, "no point to count from yet")]
+    assert said(covered, 6004)[2:] == [(6000, 6004, "the capture had no baseline yet")]
     covered.based(TWO, 3, at(6002), "p3")
     covered.confirmed(TWO, 5, at(6004))
-    assert said(covered, 6005)[2:] == [(6000, 6002, "no point to count from yet")]
+    assert said(covered, 6005)[2:] == [(6000, 6002, "the capture had no baseline yet")]
 
 
 def test_a_capture_that_is_given_up_while_it_is_open_ends_where_it_was_seen(covered):
