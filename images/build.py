@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import ImageError, NotSigned, TargetExists
+from images.drivers.advice import signed_loaders
 from images.drivers.needs import keys_in_initrd
 from images.drivers.plan import refuse_if_missing
 from images.media.base import Medium, Parts, SignedChain, check_command_line, medium
@@ -150,9 +151,10 @@ def _signed_chain(plan: Plan, tree: Tree, template: Template, contents: Contents
     if not client.signed_kernel or not is_signed(contents.kernel):
         raise NotSigned(target=target.name, what=f"kernel {client.release} of {client.host!r}")
     vendor = _VENDORS.get(client.os_id, client.os_id)
-    if client.shim and client.grub:
+    whose = signed_loaders(client)
+    if whose == "guest":
         shim, grub = (tree.read(path, _SIGNED_PROGRAM) for path in (client.shim, client.grub))
-    elif client.os_id == "debian":
+    elif whose:
         shim, grub = ((template.loaders / name).read_bytes() for name in ("shim.efi", "grub.efi"))
     else:
         raise NotSigned(target=target.name, what=f"a boot loader of {client.os_id!r}, which is not in the point,")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
 
 from images.drivers.needs import keys_in_initrd, mode_of, sealed_keys
 from images.drivers.settle import consoles, disk_names, found_on_disks, unstable_name
 from images.drivers.tables import Module
 from images.model import Client, Firmware, Inventory, Layer, Mount
 
-__all__ = ["advice"]
+__all__ = ["advice", "signed_loaders"]
 
 _LATER = ("noauto", "nofail")
 _OUTSIDE = ("updates/", "extra/", "weak-updates/")
@@ -36,17 +37,27 @@ def advice(
 def _secure_boot(client: Client, inventory: Inventory, load: Sequence[Module]) -> Iterator[str]:
     if not inventory.secure_boot:
         return
-    yield "Secure Boot is on: the firmware refuses a UKI of ours; the way is shim, GRUB and the signed kernel"
+    loaders = signed_loaders(client)
     if not client.signed_kernel:
-        yield f"Secure Boot is on, and kernel {client.release} is not signed"
+        yield f"Secure Boot is on, and kernel {client.release} is not signed: no image is built"
     for what, path in (("shim", client.shim), ("GRUB", client.grub)):
-        if not path:
-            yield f"Secure Boot is on, and the client has no signed {what}"
+        if not loaders and not path:
+            yield f"Secure Boot is on, and the guest has no signed {what}: no image is built"
+    if loaders and client.signed_kernel:
+        yield f"Secure Boot is on: the image starts the guest's signed kernel by shim and GRUB of the {loaders}"
     for module in load:
         if module.signed is False:
             yield f"Secure Boot is on, and module {module.name} from {module.origin} is unsigned: the kernel refuses it"
         elif module.signed is None and module.path.startswith(_OUTSIDE):
             yield f"Secure Boot is on, and module {module.path} loads only if the target trusts the key that signed it"
+
+
+def signed_loaders(client: Client) -> Literal["guest", "template", ""]:
+    """Whose shim and GRUB an image for Secure Boot has, empty where there are none that start its kernel: a shim
+    starts only what its own vendor has signed, and the template's are Debian's."""
+    if client.shim and client.grub:
+        return "guest"
+    return "template" if client.os_id == "debian" else ""
 
 
 def _keys(client: Client, inventory: Inventory) -> Iterator[str]:
