@@ -31,6 +31,13 @@ MOST_DEVICES = 8192
 # The alias of a CPU names each of its features: about 1 KiB.
 MOST_ALIAS = 4096
 _MOST_NESTED = 20
+_PATTERN = "string_pattern_mismatch"
+# What the patterns of the model say, for people.
+_WORDS = {
+    "name": "lower-case letters, digits, `-` and `_`, at most 63, a letter or digit first",
+    "modalias": "a modalias as the kernel writes it, like pci:v00008086d000010D3…",
+    "mac": "six pairs of lower-case hexadecimal digits with colons between",
+}
 
 
 def load(text: str, *, target: str = "") -> Inventory:
@@ -60,7 +67,9 @@ def check(document: object, *, target: str = "") -> Inventory:
         return Inventory.model_validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise BadInventory(target=spoken, field=_place(first["loc"]), reason=_reason(first)) from None
+        named = first["type"] == _PATTERN and first["loc"] == ("name",)
+        hint = f"{fit_name(spoken, 'rack')!r} can be a name" if named else ""
+        raise BadInventory(target=spoken, field=_place(first["loc"]), reason=_reason(first), hint=hint) from None
     except (TypeError, ValueError, RecursionError) as error:
         reason = f"it has a value that JSON does not know: {error}"
         raise BadInventory(target=spoken, field="document", reason=reason) from None
@@ -132,5 +141,7 @@ def _reason(error: Any) -> str:
         return "there is no such field"
     if kind == "missing":
         return "it is missing"
+    if kind == _PATTERN:
+        return f"it has to be {_WORDS[error['loc'][-1]]}, not {value}"
     words = str(error["msg"])
     return f"{words[:1].lower()}{words[1:]}, not {value}"

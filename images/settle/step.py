@@ -29,7 +29,8 @@ class NoFields(BaseModel):
 @dataclass(frozen=True, slots=True)
 class Step:
     """`order` among those of its phase, the lowest first. `description` is one sentence for lists. `schema` are its
-    fields; `variables` what the script is told (`RW_NAME` → text), `words` what the kernel's command line needs."""
+    fields, each that has a pattern with a description of it; `variables` what the script is told (`RW_NAME` → text),
+    `words` what the kernel's command line needs."""
 
     name: str
     phase: Phase
@@ -65,4 +66,8 @@ def validated(name: str, fields: Mapping[str, Any]) -> tuple[Step, BaseModel]:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "fields"
-        raise ImageError(reason=f"step {name!r}: {field}: {first['msg']}") from error
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        if first["type"] == "string_pattern_mismatch":  # a pattern is for programs
+            words = known[name].schema.model_fields[field].description
+            reason = f"it has to be {words}, not {str(first['input'])[:80]!r}"
+        raise ImageError(reason=f"step {name!r}: {field}: {reason}") from error

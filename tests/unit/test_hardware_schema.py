@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -89,6 +90,21 @@ def test_an_error_names_the_field_and_the_value(change, field, reason):
         schema.load(json.dumps({**GOOD, **change}))
     assert caught.value.fields["field"] == field
     assert reason in str(caught.value)
+
+
+def test_what_a_pattern_asks_for_is_said_in_words():
+    """P6-21: of each that the model has; a regular expression is no sentence."""
+    fields = [(name, field) for one in (Inventory, Device, Nic) for name, field in one.model_fields.items()]
+    patterns = {name: data.pattern for name, field in fields for data in field.metadata if hasattr(data, "pattern")}
+    assert set(patterns) == {"name", "modalias", "mac"}
+    for change in ({"name": "Rack 7"}, {"devices": [{"modalias": "x"}]}, {"nics": [{"modalias": CARD, "mac": "x"}]}):
+        with pytest.raises(BadInventory, match="it has to be ") as told:
+            schema.check(GOOD | change)
+        assert not any(pattern in str(told.value) for pattern in patterns.values())
+        assert ("name" in change) == bool(told.value.hint)
+    with pytest.raises(BadInventory) as told:
+        schema.check(GOOD, target="Rack 7")
+    assert re.findall("'(.*)'", told.value.hint) == ["rack-7"]
 
 
 BOMB = "a: &a [1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a]\nc: [*b,*b,*b,*b,*b]\n"

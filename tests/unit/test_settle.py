@@ -36,6 +36,8 @@ def test_a_step_has_a_schema_a_description_and_a_script(name):
     assert one.schema.model_config["extra"] == "forbid"
     with pytest.raises(ImageError, match=f"step '{name}'"):
         validated(name, {"nonsense": 1})
+    for field in one.schema.model_fields.values():
+        assert field.description or not any(hasattr(it, "pattern") for it in field.metadata)
 
 
 def test_an_unknown_step_is_refused():
@@ -68,8 +70,9 @@ def test_a_choice_becomes_files_for_run_and_words():
 
 @pytest.mark.parametrize("name", ["-x", "a b", "x" * 64, "a;reboot", "", "ä"])
 def test_a_host_name_that_is_none_is_refused(name):
-    with pytest.raises(ImageError, match="host-name"):
+    with pytest.raises(ImageError, match="host-name") as told:
         lay(plan(), {"host-name": {"name": name}}, "s")
+    assert "it has to be letters, digits and `-`" in str(told.value) and "[A-Za-z" not in str(told.value)
 
 
 # --- the runner -----------------------------------------------------------------------------------------------------

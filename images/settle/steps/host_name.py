@@ -18,7 +18,7 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=_NAME, description="letters, digits and `-` (at neither end), at most 63")
 
 
 def fits(name: str) -> bool:

@@ -15,7 +15,7 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str = Field(pattern=r"^[0-9a-f]{32}$")
+    id: str = Field(pattern=r"^[0-9a-f]{32}$", description="32 lower-case hexadecimal digits")
 
 
 def _words(_plan: Plan, fields: Fields) -> tuple[str, ...]:
