@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from appliance.cli.verbs import verification
 from appliance.config import Home
 from appliance.errors import NotSupported, ObjectNotFound, TargetExists
 from appliance.service.image import evidence
@@ -266,7 +267,7 @@ def test_a_console_is_printed_without_its_tricks():
 def session(tmp_path):
     home = Home(tmp_path / "home")
     home.create()
-    backend = MemoryBackend("test")
+    backend = MemoryBackend(tmp_path.name)
     return SimpleNamespace(home=home, repository=Repository.create(backend, cache=home.cache, key=None))
 
 
@@ -284,9 +285,29 @@ def test_evidence_lies_beside_the_point(session, tmp_path):
     files = evidence.fetch(session, mark, tmp_path / "out")
     assert [path.name for path in files] == ["console.log", "evidence.json", "screen.png"]
     assert (tmp_path / "out/console.log").read_bytes() == b"Linux"
+    # A console shows what a guest keeps from the other users of this host.
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
     with pytest.raises(TargetExists):
         evidence.fetch(session, mark, tmp_path / "out")
     evidence.drop_orphans(session, {"0a1b"})
     assert list(evidence.known(session)) == ["0a1b"]
     with pytest.raises(ObjectNotFound, match="evidence of point ffff"):
         evidence.of(session, "ffff")
+
+
+def test_what_evidence_is_written_is_told(session, tmp_path):
+    """Which file is what, and what the test showed, without a look into the document."""
+    document = {"target": "rack", "failed": ["nginx.service"], "differences": [f"package {one}" for one in range(12)]}
+    mark = evidence.put(session, "0a1b", LATER, True, document, {"console.log": b"Linux", "report.txt": b""})
+    files = tuple(evidence.fetch(session, mark, tmp_path / "out"))
+    said = []
+    context = SimpleNamespace(output=SimpleNamespace(emit=lambda _record, text: said.extend(text.splitlines())))
+    verification._emit(context, mark, document, files)
+    assert said[0].endswith("rack  booted") and "  failed unit nginx.service" in said
+    assert "  package 9" in said and "  and 2 more" in said and "  package 10" not in said
+    (console,) = (one for one in said if "console.log" in one)
+    assert console.endswith("out/console.log: what its serial line said") and "5 B" in console
+    assert "this user alone" in said[-1]
+    assert all(any(one.endswith(f": {words}") for one in said) for name, words in verification._WRITTEN.items()
+               if name in ("report.txt", "evidence.json"))  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ __all__ = ["evidence_command", "verify_command"]
 
 _POINT = (NotProtected, NoSuchPoint, AmbiguousPoint, InGap, NotRecoverable, WrongKey)
 _SHOWN = 10
+_WRITTEN = {
+    "console.log": "what its serial line said", "screen.png": "its screen at the end",
+    "report.txt": "what the system that came up told of itself",
+    "evidence.json": "the verdict, and all else that is known of the test",
+}  # fmt: skip
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: Any) -> int:
@@ -104,18 +110,21 @@ def _lines(found: Verified) -> list[str]:
         name = system.get("system_name") or "the system"
         lines.append(f"  {name}, kernel {', '.join(verdict.kernels)}, {system.get('packages', '?')} packages,"
                      f" {counted(len(system.get('listening', ())), 'open port')}")  # fmt: skip
-    lines += [f"  failed unit {unit}" for unit in verdict.failed[:_SHOWN]]
-    lines += [f"  {one}" for one in verdict.differences[:_SHOWN]]
-    if len(verdict.differences) > _SHOWN:
-        lines.append(f"  and {len(verdict.differences) - _SHOWN} more that differ from the point")
+    lines += _shown("failed unit ", verdict.failed) + _shown("", verdict.differences)
     return [*lines, f"{found.domain} boots from {found.point}"]
+
+
+def _shown(kind: str, found: Sequence[str]) -> list[str]:
+    """The first of them, a line each."""
+    more = [f"  and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return [*(f"  {kind}{one}" for one in found[:_SHOWN]), *more]
 
 
 @verb("evidence", *_POINT, ObjectNotFound, TargetExists)
 @domain_argument()
 @click.option("--at", "when", metavar="WHEN", shell_complete=complete_when, help="Only of this point.")
 @click.option("--into", "folder", type=click.Path(path_type=Path), metavar="DIR",
-              help="Put console, screen and report into this new folder.")  # fmt: skip
+              help="Put console, screen, report and verdict into this new folder, for this user alone.")  # fmt: skip
 def evidence_command(context: Context, domain: str, when: str | None, folder: Path | None) -> None:
     """Show which points of DOMAIN were booted as a test, and what it showed."""
     from appliance.service.history import history
@@ -144,5 +153,7 @@ def _emit(context: Context, mark: Mark, document: dict[str, Any], files: tuple[P
     record = records.ImageEvidence(mark.point, mark.time, mark.booted, mark.name, document, files)
     said = "booted" if mark.booted else "did not boot: " + "; ".join(map(str, document.get("reasons", ())))
     lines = [f"{mark.point}  {clock(mark.time)}  {document.get('target', '')}  {said}"]
-    lines += [f"  {format_size(path.stat().st_size):>9}  {path}" for path in files]
+    lines += _shown("failed unit ", document.get("failed", ())) + _shown("", document.get("differences", ()))
+    lines += [f"  {format_size(path.stat().st_size):>9}  {path}: {_WRITTEN.get(path.name, '')}" for path in files]
+    lines += ["  written for this user alone: they may show what the guest keeps from others"] if files else []
     context.output.emit(record, "\n".join(lines))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 import tempfile
@@ -82,23 +83,30 @@ def load(session: Session, mark: Mark) -> dict[str, Any]:
 
 
 def fetch(session: Session, mark: Mark, folder: Path) -> list[Path]:
-    """Write its files into `folder`, which is made, and must not exist. Raises TargetExists, ObjectNotFound,
-    IntegrityError; nothing is left then."""
+    """Write its files into `folder`, which is made, and must not exist. They can be read by this user alone: a console
+    and a screen may show what the guest keeps from others. Raises TargetExists, ObjectNotFound, IntegrityError; nothing
+    is left then."""
     if folder.exists():
         raise TargetExists(path=folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         packed, new = Path(scratch) / "files", Path(scratch) / "new"
         Shelf(session, _KIND).fetch(mark.name, packed)
-        new.mkdir()
+        new.mkdir(mode=0o700)
         with tarfile.open(packed) as archive:
             for member in archive:
                 # Only what `put` writes: a repository may have been written by anybody who has its key.
                 if member.isreg() and (content := archive.extractfile(member)) is not None:
-                    (new / Path(member.name).name).write_bytes(content.read())
-        (new / "evidence.json").write_text(json.dumps(load(session, mark), indent=1, sort_keys=True) + "\n")
+                    _private(new / Path(member.name).name, content.read())
+        document = json.dumps(load(session, mark), indent=1, sort_keys=True)
+        _private(new / "evidence.json", f"{document}\n".encode())
         new.rename(folder)
     return sorted(folder.iterdir())
+
+
+def _private(path: Path, content: bytes) -> None:
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(content)
 
 
 def drop_orphans(session: Session, points: Collection[str]) -> None:
