@@ -22,7 +22,7 @@ if ! mkdir -p "$RW_STATE" || ! : >"$RW_STATE/.writable"; then
     exit 1
 fi
 rm -f "$RW_STATE/.writable"
-failed=0
+failed=0 ran=0 unmoved=0
 # A shutdown waits for the step that runs (`TimeoutStopSec`): a shell looks at a signal when its program has ended.
 stopped=
 trap 'stopped=1' TERM
@@ -36,7 +36,7 @@ keep() {
 report_as() { cp "$RW_REPORT" "$done_mark.new" && sync "$done_mark.new" && mv "$done_mark.new" "$1" && sync; }
 
 for script in "$here/steps/$phase"/*; do
-    RW_STEP=${script##*/[0-9][0-9]-}
+    RW_STEP=${script##*/[0-9][0-9]-} ran=$((ran + 1))
     # A start that was cut off has done some of them: keys, for one, do not change a second time. What they came to is
     # told again, since the report of that start is gone.
     if grep -Eqsx "$RW_STEP: (done|nothing to do)" "$done_mark.steps"; then
@@ -50,7 +50,7 @@ for script in "$here/steps/$phase"/*; do
     case $code in
         0) say "done" ;;
         3) say "nothing to do" ;;
-        4) say "left as it was" ;;
+        4) say "left as it was" && unmoved=$((unmoved + 1)) ;;
         *) say "failed ($code)" && failed=1 ;;
     esac
     case $code in 0 | 3) ;; *) echo "$RW_STEP" >>"$here/undone" ;; esac
@@ -71,4 +71,6 @@ fi
 report_as "$done_mark"
 rm -f "$done_mark.steps" "$done_mark.failed"
 sync
-say "done"
+rest='; the others left things as they were'
+[ "$unmoved" != 0 ] || rest=
+say "done ($((ran - unmoved)) of $ran steps$rest)"
