@@ -31,7 +31,9 @@ def of_disks(disks: tuple[records.DiskBytes, ...]) -> str:
 
 
 def progress_line(progress: records.Progress) -> str:
-    """`first full of web: 1.2 GiB of 8 GiB, 180 MiB/s, 38 s left`."""
+    """`first full of web: 1.2 GiB of 8 GiB, 180 MiB/s, 38 s left`; the step alone where nothing is counted."""
+    if not progress.done and not progress.total:
+        return progress.what
     parts = [format_size(progress.done)]
     if progress.total:
         parts[0] += f" of {format_size(progress.total)}"

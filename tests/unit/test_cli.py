@@ -690,6 +690,16 @@ def test_a_revert_that_moved_less_than_differed_says_why(web, cut, monkeypatch):
     assert "3 MiB differed, 0 B moved (zeroes and what the guest overwrote move nothing), guest paused" in web.out
 
 
+def test_progress_has_no_numbers_where_nothing_is_counted():
+    """`image verify` builds and boots: "0 B, 0 B/s" looked like one that hangs."""
+    from appliance.cli import records
+    from appliance.cli.text import progress_line
+
+    assert progress_line(records.Progress("booting 0001abcd", 0, 0, 0.0, None)) == "booting 0001abcd"
+    assert progress_line(records.Progress("disk", 0, 1 << 20, 0.0, None)) == "disk: 0 B of 1 MiB, 0 B/s"
+    assert progress_line(records.Progress("disk", 1 << 20, 0, 1024.0, None)) == "disk: 1 MiB, 1 KiB/s"
+
+
 def test_one_is_not_many(web):
     assert web("diff", "web", "0001abcd00000001", "latest") == 0
     assert web.out.rstrip().endswith("in 1 extent")
