@@ -68,7 +68,7 @@ def _keys(client: Client, inventory: Inventory) -> Iterator[str]:
         else:
             yield f"crypttab gets a key by {word}: it must be in reach of the target"
     for path in keys_in_initrd(client) if mode_of(client)[0] == "append" else ():
-        yield f"the client's own initrd would be in the image, and may hold the key {path}: such an image is not built"
+        yield f"the guest's own initrd would be in the image, and may hold the key {path}: such an image is not built"
     if Layer.LUKS in client.root.layers and not sealed_keys(client):
         yield "the root is encrypted: its passphrase is asked for on the console of the target"
 

@@ -103,21 +103,21 @@ def mode_of(client: Client) -> tuple[Literal["template", "append"], str]:
     root = client.root
     sealed = sealed_keys(client)
     if Layer.LUKS in root.layers and sealed:
-        return "append", f"the key of the encrypted root comes by {sealed[0]}, which the client's own initrd knows"
+        return "append", f"the key of the encrypted root comes by {sealed[0]}, which the guest's own initrd knows"
     if Layer.LUKS in root.layers and not root.containers:
         return "append", (
-            "no line of crypttab names the encrypted container below the root, which the client's own initrd opens"
+            "no line of crypttab names the encrypted container below the root, which the guest's own initrd opens"
         )
     above = [layer.value for layer in client.usr_layers if layer not in (Layer.PARTITION, *root.layers)]
     if above:
-        return "append", f"/usr is on {' and '.join(above)} and the root is not, which the client's own initrd knows"
+        return "append", f"/usr is on {' and '.join(above)} and the root is not, which the guest's own initrd knows"
     if root.fs in _FOREIGN_FS:
-        return "append", f"the root is {root.fs}, which the client's own initrd knows"
+        return "append", f"the root is {root.fs}, which the guest's own initrd knows"
     found = _FOREIGN_ROOT.search(f"root={root.spec} {client.command_line}")
     if found:
-        return "append", f"the command line has {found[0].strip()!r}, which the client's own initrd knows"
+        return "append", f"the command line has {found[0].strip()!r}, which the guest's own initrd knows"
     if root.fs == "btrfs" and len(root.disks) > 1:
-        return "append", "the root is one btrfs on several disks, which the client's own initrd finds"
+        return "append", "the root is one btrfs on several disks, which the guest's own initrd finds"
     return "template", ""
 
 

@@ -97,9 +97,9 @@ def _plan(
     names, name_notes = rename(client, inventory)
     warnings = [*planner.warnings, *line_notes, *name_notes]
     if mode == "append":
-        warnings.append(f"the client's own initrd stays in use and its drivers with it: {why}")
+        warnings.append(f"the guest's own initrd stays in use and its drivers with it: {why}")
         if not client.initrd:
-            warnings.append("the client has no initrd that could be kept: the image will not find its root")
+            warnings.append("the guest has no initrd that could be kept: the image will not find its root")
     warnings += [*client.warnings, *advice(client, inventory, load, options.identifiers)]
     return Plan(
         client=client,
@@ -238,7 +238,7 @@ class _Planner:
             above = [upper for upper, _ in upper_aliases([Device(modalias=alias)])]
             for one in (alias, *above):
                 for name in self.drivers(one):
-                    self._out(name, "the hardware that the client came from needed it", one)
+                    self._out(name, "the hardware that the guest came from needed it", one)
         for name in self.template.modules:
             self._out(name, "a default of the template that this target has no use for", "")
 

@@ -16,8 +16,8 @@ __all__ = ["document", "rows", "summary"]
 
 _DESCRIPTION = {
     Verdict.MISSING: "missing: {count}; no image can be built",
-    Verdict.IN: "in: {count} of the client's modules, as they are inserted",
-    Verdict.BUILT_IN: "built-in: {count} parts of the client's kernel",
+    Verdict.IN: "in: {count} of the guest's modules, as they are inserted",
+    Verdict.BUILT_IN: "built-in: {count} parts of the guest's kernel",
     Verdict.LATER: "later: {count} that the system loads from its root disk",
     Verdict.OUT: "out: {count} defaults that this target has no use for",
 }

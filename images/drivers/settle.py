@@ -134,11 +134,11 @@ def rename(client: Client, inventory: Inventory) -> tuple[dict[str, str], list[s
         given[nic.mac] = name
         if client.nics[name]:
             notes.append(
-                f"the client knows {name} by {client.nics[name]}; the card that gets this name has {nic.mac}, "
+                f"the guest knows {name} by {client.nics[name]}; the card that gets this name has {nic.mac}, "
                 "which its configuration is told with --settle"
             )
     if free and cards:
-        notes.append(f"the client's configuration expects {', '.join(free)}, for which the target has no card")
+        notes.append(f"the guest's configuration expects {', '.join(free)}, for which the target has no card")
     elif free:
-        notes.append(f"the target has no network card that is wanted; the client expects {', '.join(free)}")
+        notes.append(f"the target has no network card that is wanted; the guest expects {', '.join(free)}")
     return given, notes

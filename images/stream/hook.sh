@@ -109,7 +109,7 @@ find_local() {
 check_local() { # disk, local
     grain=$(cat "/sys/block/$2/queue/logical_block_size")
     [ "$grain" -le 512 ] ||
-        stream_refuse "local disk $2 has sectors of $grain bytes, and disk $1 of the client has such of 512"
+        stream_refuse "local disk $2 has sectors of $grain bytes, and disk $1 of the guest has such of 512"
     if [ -n "$RWS_OVERWRITE" ] || is_ours "$1" "$2"; then return 0; fi
     [ "$(dd if="/dev/$2" bs=64k count=16 2>/dev/null | tr -d '\000' | head -c 1 | wc -c)" = 0 ] ||
         stream_refuse "local disk $2 is not empty: --overwrite would give its content up for disk $1"

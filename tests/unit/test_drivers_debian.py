@@ -174,7 +174,7 @@ def test_defaults_of_the_template_without_use_stay_out(generic, cloud):
     made = by_module(plan)
     assert made["megaraid_sas"].verdict is Verdict.OUT and "default of the template" in made["megaraid_sas"].reason
     assert made["virtio_blk"].verdict is Verdict.OUT
-    assert "the client came from" in made["virtio_blk"].reason and made["virtio_blk"].alias.startswith("virtio:")
+    assert "the guest came from" in made["virtio_blk"].reason and made["virtio_blk"].alias.startswith("virtio:")
     out = [one for one in plan.decisions if one.verdict is Verdict.OUT]
     assert len(out) > 3900
     assert not {one.module for one in out} & {one.module for one in plan.decisions if one.verdict is not Verdict.OUT}

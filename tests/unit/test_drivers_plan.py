@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import images
 from appliance.errors import DriversMissing
 from images.drivers.needs import keys_in_initrd
 from images.drivers.plan import Options, make_plan, refuse_if_missing
@@ -175,7 +179,7 @@ def test_what_cannot_be_named_is_told():
     assert warned(one, "expects ens4, for which the target has no card")
     assert warned(plan(target(macs=("",)), nics={"ens3": ""}), "cannot be given the name ens3")
     assert not warned(plan(target(macs=("",)), nics={"ens3": ""}), "for which the target has no card")
-    assert warned(plan(nics={"ens3": ""}), "no network card that is wanted; the client expects ens3")
+    assert warned(plan(nics={"ens3": ""}), "no network card that is wanted; the guest expects ens3")
 
 
 # --- mode -----------------------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ def test_what_cannot_be_named_is_told():
 )
 def test_roots_that_our_init_does_not_know_keep_the_clients_initrd(changes):
     one = plan(**changes)
-    assert one.mode == "append" and warned(one, "the client's own initrd stays in use")
+    assert one.mode == "append" and warned(one, "the guest's own initrd stays in use")
     assert warned(plan(initrd="", **changes), "no initrd that could be kept")
 
 
@@ -217,6 +221,18 @@ def test_a_usr_on_layers_that_the_root_has_not_keeps_the_clients_initrd():
     assert one.mode == "append" and warned(one, "/usr is on lvm and the root is not")
     assert plan(usr_layers=(Layer.PARTITION,)).mode == "template"
     assert plan(usr_layers=(Layer.LVM,), root=replace(ROOT, layers=(Layer.LVM,))).mode == "template"
+
+
+def test_people_read_of_the_guest():
+    """The code's word for the system in a point is another one: who reads a plan does not know it."""
+    found = []
+    for path in sorted(Path(images.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        texts = [one.value for one in ast.walk(tree) if isinstance(one, ast.Expr)]  # docstrings
+        for one in ast.walk(tree):
+            if isinstance(one, ast.Constant) and isinstance(one.value, str) and one not in texts:
+                found += [(path.name, one.value)] if re.search(r"\bthe client\b", one.value) else []
+    assert found == []
 
 
 # --- warnings -------------------------------------------------------------------------------------------------------
