@@ -36,6 +36,7 @@ from images.drivers.plan import refuse_if_missing
 from images.media.base import Medium, Parts, SignedChain, check_command_line, medium
 from images.media.pe import is_signed
 from images.model import Firmware, Plan
+from images.room import refuse_without
 from images.template.build import Template
 from images.template.compress import knows_zstd
 from images.template.contents import Contents, StoreReader, read_contents
@@ -86,7 +87,8 @@ def build_image(
 
     Same point, target, template and settings: same digests. Builds in several threads or processes do not meet.
     Its files can be read by this user alone; who starts a machine from them hands them over.
-    Raises DriversMissing, NotSigned, TargetExists, GuestUnreadable, ImageError, ToolFailed; nothing is left then.
+    Raises DriversMissing, NotSigned, TargetExists, GuestUnreadable, ImageError, ToolFailed, NoSpace; nothing is left
+    then.
     """
     clock = _Clock()
     chosen = _refuse_first(plan, media, folder)
@@ -104,6 +106,8 @@ def build_image(
             firmware=contents.firmware,
             client_initrd=contents.initrd,
         )
+    # Each medium has both in it, and they lie beside them.
+    refuse_without((len(contents.kernel) + len(initrd)) * (1 + len(chosen)), folder, "the files of the image")
     with _scratch(folder) as (scratch, made):
         parts = _parts(plan, template, contents, initrd, made, scratch / "work")
         parts = replace(parts, signed=_put_chain(chain, scratch / "work"))

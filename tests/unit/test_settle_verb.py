@@ -10,15 +10,20 @@ import pytest
 from appliance.cli import main
 from appliance.cli.settling import sizes_of
 from appliance.config import Home, Settings
-from appliance.errors import ConfigError, DomainNotFound, ImageError
+from appliance.errors import ConfigError, DomainNotFound, ImageError, NoSpace
 from appliance.hypervisor.base import DomainState
 from appliance.restore import hydrate
-from appliance.service.image import settling
+from appliance.service.image import settling, sizes
 from appliance.service.image.sizes import Sizes
 from appliance.service.image.starting import Running
+from appliance.store import Repository
+from appliance.store.backend.memory import MemoryBackend
+from appliance.units import CHUNK
+from images.room import free_in, refuse_without
 from images.settle.choice import After, report_of, with_steps
 from tests.support.guestdisk import debian
 from tests.support.settling import plan
+from tests.support.store import point, take
 
 REPORT = """initramfs: the disk needs ahci
 initramfs: done
@@ -198,6 +203,30 @@ def test_sizes_are_told_by_disk():
             sizes_of(None, None, (wrong,))
     with pytest.raises(ConfigError, match="the point has no disk 'vdb'"):
         Sizes([], {"vdb": 1 << 20})
+
+
+def test_disks_that_could_not_be_filled_are_refused(tmp_path, monkeypatch):
+    """What the point holds counts, not how large a disk seems; where all is sure to fit nothing is counted."""
+    repo = Repository.create(MemoryBackend(tmp_path.name), cache=tmp_path / "cache", key=None)
+    fit = Sizes(point("p", take(repo, "p", {0: 1, 3: 2, 9: 3})).disks, {})
+    def begin(free, looked_at=repo):
+        monkeypatch.setattr(sizes, "free_in", lambda _: free)
+        monkeypatch.setattr("images.room.free_in", lambda _: free)
+        fit.refuse_without_room(looked_at, tmp_path / "new", "twin")
+
+    begin(3 * CHUNK)
+    begin(100 * CHUNK, looked_at=None)
+    with pytest.raises(NoSpace, match=r"\(128 KiB are free\) for 'the disks of twin, which take at least 192 KiB"):
+        begin(2 * CHUNK)
+    fit = Sizes(fit.disks, {"vda": 2 * CHUNK})
+    begin(2 * CHUNK)
+
+
+def test_room_is_that_of_the_folder_that_is_there(tmp_path):
+    assert free_in(tmp_path / "not/yet") == free_in(tmp_path) > 0
+    refuse_without(1, tmp_path / "not/yet", "a byte")
+    with pytest.raises(NoSpace):
+        refuse_without(1 << 80, tmp_path / "not/yet", "more than there is")
 
 
 DONE, FAILED = settling.StepDone("loader", "done", ()), settling.StepDone("grow", "failed", ("out of luck",))

@@ -18,7 +18,15 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from appliance.errors import DriversMissing, GuestUnreadable, ImageError, NoSuchTemplate, NotSigned, TargetExists
+from appliance.errors import (
+    DriversMissing,
+    GuestUnreadable,
+    ImageError,
+    NoSpace,
+    NoSuchTemplate,
+    NotSigned,
+    TargetExists,
+)
 from images.build import build_image
 from images.model import Decision, Firmware, Layer, Mount, Role, Verdict
 from images.template import modules
@@ -424,6 +432,15 @@ def test_missing_driver_writes_nothing(template, client, plan, tmp_path):
     with pytest.raises(DriversMissing, match=r"no driver for megaraid_sas \(nobody has it\) of target 'test-target'"):
         build_image(hopeless, client.tree(), template, media=["uki"], folder=tmp_path / "x")
     assert _refused(tmp_path)
+
+
+def test_no_room_is_told_before_anything_is_written(template, client, plan, tmp_path, monkeypatch):
+    """P6-22: how much it takes is known by then."""
+    monkeypatch.setattr("images.room.free_in", lambda _: 1 << 20)
+    words = r"\(1 MiB are free\) for 'the files of the image, which take at least \d+"
+    with pytest.raises(NoSpace, match=words) as told:
+        build_image(plan, client.tree(), template, media=["uki"], folder=tmp_path / "x")
+    assert _refused(tmp_path) and "another folder" in told.value.hint and "forget" not in told.value.hint
 
 
 def test_store_gives_what_the_client_has_not(template, client, plan, tmp_path):

@@ -5,14 +5,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from appliance import nbd
 from appliance.errors import ConfigError
 from appliance.model import DiskPoint
 from appliance.process import run
 from appliance.restore.newhardware import NewDisk
+from appliance.units import CHUNK
 from images.guest import Guest
 from images.guest.fit import HEAD, check_fit, tables_for
+from images.room import free_in, refuse_without
+
+if TYPE_CHECKING:
+    from appliance.store import Repository
 
 __all__ = ["Sizes"]
 
@@ -34,6 +40,15 @@ class Sizes:
         for one in self.disks:
             if one.disk in self._sizes and check_fit(one.disk, one.size, self.of(one), guest.volumes):
                 self._with_new_tables.add(one.disk)
+
+    def refuse_without_room(self, repository: Repository, folder: Path, name: str) -> None:
+        """Raises NoSpace, with how much they take, when the disks of `name` cannot come to be whole in `folder`."""
+        free = free_in(folder)
+        # A disk of a terabyte has many millions of chunks: they are counted only where it matters.
+        if free is None or free >= sum(self.of(one) for one in self.disks):
+            return
+        held = [(one, CHUNK * sum(1 for _ in repository.diff(None, one.map))) for one in self.disks]
+        refuse_without(sum(min(size, self.of(one)) for one, size in held), folder, f"the disks of {name}")
 
     def of(self, disk: DiskPoint) -> int:
         return self._sizes.get(disk.disk, disk.size)

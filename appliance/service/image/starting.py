@@ -83,8 +83,8 @@ def start(
     of the point get instead of their own. `warned` gets the warnings before anything of the domain is there.
 
     Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing,
-    ConfigError for a size of a disk that there is not, ImageError for one that is too small, and what `making.build`
-    raises: nothing is left then.
+    ConfigError for a size of a disk that there is not, ImageError for one that is too small, NoSpace where the disks
+    cannot be filled, and what `making.build` raises: nothing is left then.
     """
     with _alone(session, name), session.repository.session(f"start of {name}"):
         return _start(
@@ -124,6 +124,7 @@ def _start(
     shared = _shared(hypervisor, addresses)
     inventory = _with_macs(found.inventory, addresses)
     folder = Path(os.path.abspath(folder))
+    fit.refuse_without_room(session.repository, folder, name)
     identity = str(uuid.uuid4())
     with ExitStack() as undo:
         made = making.build(
