@@ -73,4 +73,5 @@ rm -f "$done_mark.steps" "$done_mark.failed"
 sync
 rest='; the others left things as they were'
 [ "$unmoved" != 0 ] || rest=
-say "done ($((ran - unmoved)) of $ran steps$rest)"
+say "$((ran - unmoved)) of $ran steps are done$rest"
+say "done"
