@@ -9,7 +9,7 @@ import pytest
 
 from appliance.cli.verbs.streaming import emit_running
 from appliance.config import Home
-from appliance.errors import ConnectError, DomainNotFound
+from appliance.errors import ConfigError, ConnectError, DomainNotFound
 from appliance.restore import hydrate
 from appliance.service.image import making, starting
 from images.settle.choice import After
@@ -97,6 +97,7 @@ def brought_up(tmp_path, monkeypatch):
     order = hydrate.Order("twin", "u", "test:///", "p", "{}", {}, {"sda": "vda"}, None, 0, str(tmp_path), "")
     monkeypatch.setattr(hydrate, "load", lambda *_: order)
     monkeypatch.setattr(starting, "lives", lambda _: True)
+    hydrate.folder(Home(tmp_path), "twin").mkdir(parents=True)
 
     def made(phase, domain=lambda _: None):
         monkeypatch.setattr(hydrate, "state", lambda *_: {"phase": phase, "error": "no domain"})
@@ -117,6 +118,18 @@ def test_a_domain_that_was_undefined_is_gone(brought_up, phase):
     emit_running(SimpleNamespace(output=output), found)
     ((told, text),) = said
     assert told == "gone" and "no such domain" in text and "`rewind image forget twin`" in text
+
+
+def test_a_domain_that_is_being_started_is_not_gone(brought_up):
+    """It is defined when its view answers: who forgot it before that took the view away below it."""
+    session, found = brought_up("off", raiser(DomainNotFound(domain="u", uri="test:///")))
+    with starting._alone(session, "twin"):
+        assert starting.running(session, "twin").phase == "off"
+        with pytest.raises(ConfigError, match="still reads its disks"):
+            starting.forget(session, "twin")
+    assert found.phase == starting.running(session, "twin").phase == "gone"
+    starting.forget(session, "twin")
+    assert hydrate.names(session.home) == []
 
 
 @pytest.mark.parametrize("phase", ["done", "off", "pulling"])

@@ -93,12 +93,16 @@ def start(
         )  # fmt: skip
 
 
+def _lock(session: Session, name: str) -> Path:
+    return hydrate.folder(session.home, name).parent / f".{name}.lock"
+
+
 @contextmanager
 def _alone(session: Session, name: str) -> Iterator[None]:
     """One start of that name at a time. Raises Locked."""
-    where = hydrate.folder(session.home, name).parent
-    where.mkdir(parents=True, exist_ok=True)
-    with alone(where / f".{name}.lock") as first:
+    where = _lock(session, name)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with alone(where) as first:
         if not first:
             raise Locked(url=f"the name {name!r}", holder="another `rewind image start`", hint="wait for its end")
         yield
@@ -206,14 +210,7 @@ def forget(session: Session, name: str) -> None:
     """End what is kept for a domain that was brought up: of one that is done, or gone. Raises ConfigError for a name
     that nobody brought up, and for a domain that still needs the repository."""
     found = running(session, name)
-    order = hydrate.load(session.home, name)
-    assert order is not None, "it was just read"
-    try:
-        session.hypervisor(order.uri).domain(order.uuid)
-        there = True
-    except DomainNotFound:
-        there = False
-    if there and found.phase != "done":
+    if found.phase not in ("done", "gone"):
         reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
         hint = f"wait until `rewind image list` says done, or `virsh undefine --nvram {name}`"
         raise ConfigError(reason=reason, hint=hint)
@@ -237,13 +234,15 @@ def running(session: Session, name: str) -> Running:
 
 
 def _gone(session: Session, order: hydrate.Order) -> bool:
-    """Whether its hypervisor answers and has no such domain. One that does not answer says nothing about it."""
+    """Whether its hypervisor answers and has no such domain. One that does not answer says nothing about it, and
+    whoever starts it now has not defined it yet."""
     try:
         session.hypervisor(order.uri).domain(order.uuid)
     except DomainNotFound:
-        return True
+        with alone(_lock(session, order.domain)) as nobody:
+            return nobody
     except HypervisorError:
-        return False
+        pass
     return False
 
 
