@@ -28,7 +28,7 @@ from appliance.process import lives, process_key
 if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
 
-__all__ = ["KeptView", "kill", "served_bytes", "socket_of", "views_of"]
+__all__ = ["KeptView", "holders", "kill", "served_bytes", "socket_of", "views_of"]
 
 _AGAIN = 1.0
 
@@ -168,6 +168,24 @@ def views_of(place: Path) -> list[str]:
                 if wanted & set((entry / "cmdline").read_bytes().split(b"\0")):
                     found.append(process_key(int(entry.name)))
     return found
+
+
+def holders(path: Path) -> list[str]:
+    """Keys of the processes, but for ours, that have that file open."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
+                if any(_leads_to(handle, path) for handle in (entry / "fd").iterdir()):
+                    found.append(process_key(int(entry.name)))
+    return found
+
+
+def _leads_to(handle: Path, path: Path) -> bool:
+    try:
+        return os.readlink(handle) == os.path.realpath(path)
+    except OSError:  # it was closed meanwhile
+        return False
 
 
 def _last_stats(view: ViewServer) -> dict[str, Any]:

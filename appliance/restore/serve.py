@@ -42,7 +42,7 @@ from appliance.process import alone, lives, process_key, run
 from appliance.restore import claim as claims
 from appliance.restore import outliving
 from appliance.restore.control import CONTROL, Pace, Record, read_record, sign_of_life
-from appliance.restore.kept import KeptView, kill, views_of
+from appliance.restore.kept import KeptView, holders, kill, views_of
 from appliance.restore.storagedaemon import Place, StorageDaemon
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ __all__ = [
     "unfinished",
 ]  # fmt: skip
 
-_TICK = 0.5
-_START = 60.0
+_LOCK = "serve.lock"
+_TICK, _START = 0.5, 60.0
 # After the last word of the machine, which it has to hear an answer to.
 _GRACE = 10.0
 _PHASES = {
@@ -146,8 +146,9 @@ def _is_ready(found: Mapping[str, Any]) -> bool:
 def tidy(home: Home, name: str) -> None:
     """End a session and forget it, with what its machine has written. May be repeated."""
     found, order = state(home, name), load(home, name)
-    kill(found.get("key", ""))
-    kill(found.get("view", ""))
+    # Whoever holds the lock may not have been able to write down who it is.
+    for one in (found.get("key", ""), *holders(folder(home, name) / _LOCK), found.get("view", "")):
+        kill(one)
     for view in views_of(_socket(home, order.uuid)) if order is not None else ():
         kill(view)  # of a server that was killed before it could write it down
     shutil.rmtree(folder(home, name), ignore_errors=True)
@@ -178,20 +179,28 @@ class Serving:
 
     def run(self) -> None:
         """Until the machine has let go. Returns at once if somebody else does it."""
-        with alone(self._folder / "serve.lock") as first:
+        with alone(self._folder / _LOCK) as first:
             if not first:
                 return
-            before = state(self._home, self._order.name)
-            self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
-            self._life, self._heard = sign_of_life(self._folder / CONTROL), float(before.get("heard", 0.0))
+            self._begin()
             spec = self._spec()
             if spec.key_fd is not None:
                 spec = replace(spec, key_fd=os.dup(spec.key_fd))  # it is closed when it has been read
-            with spec.open() as repo, repo.session(f"{self._order.target} boots from {self._order.point}"):
-                while not self._step():
-                    time.sleep(_TICK)
-            self._daemon.stop()
-            self._view.stop()
+            try:
+                with spec.open() as repo, repo.session(f"{self._order.target} boots from {self._order.point}"):
+                    while not self._step():
+                        time.sleep(_TICK)
+            finally:  # also when the folder is gone: nobody else knows of this view then
+                self._daemon.stop()
+                self._view.stop()
+
+    def _begin(self) -> None:
+        """Go on from what the process before knew, and say who we are: a repository and a view take their time to
+        open, and nobody may take us for dead meanwhile."""
+        before = state(self._home, self._order.name)
+        self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
+        self._life, self._heard = sign_of_life(self._folder / CONTROL), float(before.get("heard", 0.0))
+        self._note(read_record(self._folder / CONTROL))
 
     def _step(self) -> bool:
         """Whether all is done."""

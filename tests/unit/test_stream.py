@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from cryptography import x509
 
-from appliance.config import Home
-from appliance.errors import ConfigError, NotSupported
+from appliance.config import Home, load_settings, write_json
+from appliance.errors import ConfigError, NotSupported, RestoreError
 from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import process_key
@@ -309,3 +314,97 @@ def test_session_whose_process_is_gone_is_stopped(order, tmp_path):
     assert serve.phase_of(home, "rack") == "stopped"
     (where / "state.json").write_text('{"phase": "done", "key": "1:1"}')
     assert serve.phase_of(home, "rack") == "done"
+
+
+class Clock:
+    """For `time` in the server's module."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.time = time.time
+
+    def monotonic(self):
+        return self.now
+
+
+class Pretended:
+    """A view and a storage daemon that are there at once."""
+
+    def __init__(self):
+        self.key, self.slot, self.served, self.error = "1:1", 0, 0, ""
+        self.ready = self.answers = True
+        self.boots, self.stopped, self.tended = [], False, lambda: None
+
+    def inherit(self, _slot, _served):
+        pass
+
+    def tend(self, wanted):
+        self.boots.append(wanted)
+        self.tended()
+
+    def stop(self):
+        self.stopped = True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(serve, "time", found)
+    return found
+
+
+@pytest.fixture
+def serving(order, tmp_path, clock):
+    """A session that pretends to serve, in `home`."""
+    home = Home(tmp_path / "home")
+    home.create()
+    where = serve.prepare(home, order, {})
+    control.create(where / control.CONTROL, {})
+    write_json(where / "order.json", order.to_json())
+    found = serve.Serving(home, "rack", load_settings(home))
+    found._view, found._daemon = Pretended(), Pretended()
+    return found
+
+
+def known(serving):
+    return serve.state(serving._home, "rack")
+
+
+def test_server_says_who_it_is_before_anything_takes_time(serving, monkeypatch):
+    """Or whoever looks meanwhile takes it for dead: begins a second one, or forgets one that lives on."""
+    seen = []
+
+    def opened():
+        seen.append(known(serving)["key"])
+        raise RestoreError(reason="no repository")
+
+    monkeypatch.setattr(serving, "_spec", lambda: SimpleNamespace(key_fd=None, open=opened))
+    with pytest.raises(RestoreError):
+        serving.run()
+    assert seen == [process_key(os.getpid())]
+
+
+def test_server_whose_folder_is_gone_leaves_no_view(serving, monkeypatch):
+    repo = MagicMock()
+    monkeypatch.setattr(serving, "_spec", lambda: SimpleNamespace(key_fd=None, open=lambda: repo))
+    repo.__enter__().session().__exit__.return_value = repo.__exit__.return_value = False
+    serving._view.tended = lambda: shutil.rmtree(serving._folder)
+    with pytest.raises(FileNotFoundError):
+        serving.run()
+    assert serving._view.stopped and serving._daemon.stopped
+
+
+def test_forgetting_ends_a_server_that_could_not_say_who_it_is(serving):
+    """Its disk was full, or it has just begun."""
+    holds = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, 2); print('held', flush=True); input()"
+    command = [sys.executable, "-c", holds, serving._folder / "serve.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"held\n"
+            serve.tidy(serving._home, "rack")
+            assert process.wait(5) == -signal.SIGKILL
+        finally:
+            process.kill()
+    assert not serving._folder.exists()
+
+
