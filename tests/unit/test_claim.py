@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from appliance.restore import claim
 from appliance.restore.claim import Answer, Asked, Claims
+from images.stream.layout import Layout
+from images.stream.settings import Stream
 
 ONE, TWO, THREE = "1" * 16, "2" * 16, "3" * 16
 
@@ -57,7 +61,7 @@ def test_another_machine_is_refused_while_the_first_one_lives(path, clock):
     claims = served(path, clock)
     ask(path, TWO, "rack.2")
     claims.tend()
-    clock.seconds += 29
+    clock.seconds += 44
     claims.tend()
     assert claims.answer == Answer(ONE, "rack.1")
     claims.heard()
@@ -69,7 +73,7 @@ def test_another_machine_is_refused_while_the_first_one_lives(path, clock):
     assert claims.answer.granted == ONE
 
 
-@pytest.mark.parametrize(("machine", "seconds"), [("rack.1", 8), ("rack.2", 30)])
+@pytest.mark.parametrize(("machine", "seconds"), [("rack.1", 8), ("rack.2", 45)])
 def test_one_that_has_lost_its_power_makes_room(machine, seconds, path, clock):
     """P6-14: the same machine is served again soon; another one has to wait for longer than a link needs to break."""
     claims = served(path, clock)
@@ -81,6 +85,15 @@ def test_one_that_has_lost_its_power_makes_room(machine, seconds, path, clock):
     clock.seconds += 2
     claims.tend()
     assert claims.answer == Answer(TWO, machine)
+
+
+def test_another_machine_waits_for_longer_than_a_link_needs_to_break():
+    """The kernel's patience with a silent server, the time between two signs, and the one to connect again: a machine
+    whose link breaks is heard of again before its place is given away."""
+    kernel, signs, again = Stream("rewind-1", "10.0.0.1", 1, Layout((), "")).timeout, 3, 1
+    keeper = (Path(claim.__file__).parents[2] / "images/stream/keeper.sh").read_text()
+    assert f"sleep {signs}\n" in keeper[keeper.index("give_signs()") :].partition("\n}")[0]
+    assert kernel + signs + again < claim._OVER_OTHER
 
 
 def test_a_new_server_knows_nothing_of_who_was_heard(path, clock):
