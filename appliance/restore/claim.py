@@ -67,6 +67,11 @@ class Claims:
         """The boot that is served has given a sign of life."""
         self._heard = self._now()
 
+    def deaf(self) -> None:
+        """No sign of life could reach us: silence says nothing of the boot that is served, and the patience with it
+        begins anew. Not a sign either, or whoever has asked would be sent away for it."""
+        self._heard = self._since = self._now()
+
     def tend(self) -> None:
         """Answer who has asked. To be called again and again. Raises OSError when the answer cannot be kept; the old
         one holds then."""

@@ -215,10 +215,12 @@ class Serving:
         return bool(self._detached) and time.monotonic() - self._detached > _GRACE
 
     def _listen(self) -> None:
-        """For a sign of life first: who is granted depends on it."""
+        """For a sign of life first: who is granted depends on it. While we answer nobody, none can come."""
         if (life := sign_of_life(self._folder / CONTROL)) != self._life:
             self._life, self._heard = life, time.time()
             self._claims.heard()
+        if not self._answers:
+            self._claims.deaf()
         before = self._claims.answer
         try:
             self._claims.tend()
@@ -226,6 +228,10 @@ class Serving:
             _log.warning("%s: cannot answer who has asked: %s", self._order.name, error)
         if (answer := self._claims.answer) != before:
             _log.info("%s: serves %s, refused: %s", self._order.name, answer.machine, answer.refused or "nobody")
+
+    @property
+    def _answers(self) -> bool:
+        return self._daemon.answers and bool(self._view.key)
 
     def _spec(self) -> RepositorySpec:
         from appliance.store import RepositorySpec
@@ -248,8 +254,8 @@ class Serving:
     def _note(self, record: Record) -> None:
         now = {
             "key": process_key(os.getpid()), "view": self._view.key, "slot": self._view.slot,
-            "served": self._view.served, "ready": self._daemon.ready,
-            "answers": self._daemon.answers and bool(self._view.key), "phase": _PHASES[record.state],
+            "served": self._view.served, "ready": self._daemon.ready, "answers": self._answers,
+            "phase": _PHASES[record.state],
             "done": record.done, "total": record.total or sum(ref.size for ref in self._order.exports.values()),
             "rate": self._pace.of(record, time.monotonic()), "read": record.read, "written": record.written,
             "boots": record.boots, "service": record.service, "heard": self._heard,

@@ -96,6 +96,24 @@ def test_another_machine_waits_for_longer_than_a_link_needs_to_break():
     assert kernel + signs + again < claim._OVER_OTHER
 
 
+@pytest.mark.parametrize("machine", ["rack.1", "rack.2"])
+def test_silence_while_nobody_could_be_heard_is_none(machine, path, clock):
+    """P6-14: a storage daemon that hung for minutes costs no machine its root; and is no sign of life of it either."""
+    claims = served(path, clock)
+    ask(path, TWO, machine)
+    claims.tend()
+    for _ in range(100):
+        clock.seconds += 1
+        claims.deaf()
+        claims.tend()
+    clock.seconds += 7
+    claims.tend()
+    assert claims.answer == Answer(ONE, "rack.1")
+    clock.seconds += 60
+    claims.tend()
+    assert claims.answer == Answer(TWO, machine)
+
+
 def test_a_new_server_knows_nothing_of_who_was_heard(path, clock):
     """It waits as if it had just heard of the machine that it serves."""
     served(path, clock)

@@ -23,7 +23,7 @@ from appliance.errors import ConfigError, NotSupported, RestoreError
 from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import process_key
-from appliance.restore import control, serve
+from appliance.restore import claim, control, serve
 from appliance.service.image import streaming
 from appliance.store import RepositorySpec
 from images.guest.volumes import Volume
@@ -366,6 +366,30 @@ def serving(order, tmp_path, clock):
     return found
 
 
+ONE, TWO = "1" * 16, "2" * 16
+
+
+def lives_on(serving, what):
+    with (serving._folder / control.CONTROL).open("r+b") as file:
+        file.seek(4096)
+        file.write(str(what).encode().ljust(4096, b"\0"))
+
+
+def asks(serving, boot, machine="rack.1"):
+    with (serving._folder / "claim").open("r+b") as file:
+        file.write(f"rewind 1\nboot {boot}\nmachine {machine}\nend\n".encode().ljust(4096, b"\0"))
+
+
+def steps(serving, clock, seconds):
+    """How long it goes on, at most so many seconds."""
+    begun = clock.now
+    while clock.now < begun + seconds:
+        if serving._step():
+            break
+        clock.now += 0.5
+    return clock.now - begun
+
+
 def known(serving):
     return serve.state(serving._home, "rack")
 
@@ -406,5 +430,25 @@ def test_forgetting_ends_a_server_that_could_not_say_who_it_is(serving):
         finally:
             process.kill()
     assert not serving._folder.exists()
+
+
+def test_machine_keeps_its_root_while_the_server_is_deaf(serving, clock):
+    """P6-14: another machine has asked, and the storage daemon hangs, or the view is away, for two minutes."""
+    serving._begin()
+    asks(serving, ONE)
+    steps(serving, clock, 1)
+    asks(serving, TWO, "rack.2")
+    steps(serving, clock, 1)
+    for part, word, away in ((serving._daemon, "answers", False), (serving._view, "key", "")):
+        before = getattr(part, word)
+        setattr(part, word, away)
+        steps(serving, clock, 120)
+        assert serving._claims.answer == claim.Answer(ONE, "rack.1")
+        setattr(part, word, before)
+        steps(serving, clock, 20)
+        assert serving._claims.answer == claim.Answer(ONE, "rack.1")
+    lives_on(serving, 1)
+    steps(serving, clock, 1)
+    assert serving._claims.answer.refused == TWO
 
 
