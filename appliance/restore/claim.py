@@ -53,7 +53,8 @@ class Answer:
 
 
 class Claims:
-    """Of one session; for one thread. `now` is a clock in seconds. `answer` is what holds."""
+    """Of one session; for one thread. `now` is a clock in seconds. `answer` is what holds, `asked`
+    who has asked last."""
 
     def __init__(self, path: Path, now: Callable[[], float]) -> None:
         self._path, self._now = path, now
@@ -61,7 +62,7 @@ class Claims:
             create(path)
         self.answer = read_answer(path)
         self._heard = now()
-        self._asked, self._since = Asked(), 0.0
+        self.asked, self._since = Asked(), 0.0
 
     def heard(self) -> None:
         """The boot that is served has given a sign of life."""
@@ -76,10 +77,10 @@ class Claims:
         """Answer who has asked. To be called again and again. Raises OSError when the answer cannot be kept; the old
         one holds then."""
         asked, now = read_asked(self._path), self._now()
+        if asked != self.asked:
+            self.asked, self._since = asked, now
         if not asked.boot or asked.boot in (self.answer.granted, self.answer.refused):
             return
-        if asked != self._asked:
-            self._asked, self._since = asked, now
         if not self.answer.granted or now - self._heard > self._patience(asked):
             self._say(Answer(asked.boot, asked.machine))
             self._heard = now

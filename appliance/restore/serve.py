@@ -56,8 +56,9 @@ __all__ = [
 
 _LOCK = "serve.lock"
 _TICK, _START = 0.5, 60.0
-# After the last word of the machine, which it has to hear an answer to.
-_GRACE = 10.0
+# Since a machine was last heard of, once it has let go: it has to hear an answer to its last word. One that was started
+# anew after that is there for a machine which still has to boot and to ask, and waits for it for minutes.
+_GRACE, _GRACE_AGAIN = 10.0, 300.0
 _PHASES = {
     "": "waiting", "refused": "waiting", "booting": "booting", "filling": "pulling", "copying": "copying",
     "alone": "done", "detached": "done",
@@ -175,7 +176,9 @@ class Serving:
         self._pace = Pace()
         self._life, self._heard = b"", 0.0
         self._written: dict[str, Any] = {}
-        self._detached = 0.0
+        self._grace = _GRACE
+        self._last: tuple[object, ...] = ()  # what was last seen of any machine
+        self._last_time = 0.0
 
     def run(self) -> None:
         """Until the machine has let go. Returns at once if somebody else does it."""
@@ -200,7 +203,10 @@ class Serving:
         before = state(self._home, self._order.name)
         self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
         self._life, self._heard = sign_of_life(self._folder / CONTROL), float(before.get("heard", 0.0))
-        self._note(read_record(self._folder / CONTROL))
+        record = read_record(self._folder / CONTROL)
+        self._note(record)
+        if record.state == "detached":
+            self._grace = _GRACE_AGAIN
 
     def _step(self) -> bool:
         """Whether all is done."""
@@ -210,9 +216,10 @@ class Serving:
             self._daemon.tend(self._claims.answer.granted)
         record = read_record(self._folder / CONTROL)
         self._note(record)
-        if record.state == "detached" and not self._detached:
-            self._detached = time.monotonic()
-        return bool(self._detached) and time.monotonic() - self._detached > _GRACE
+        last = (record.state, self._life, self._claims.asked, self._claims.answer)
+        if last != self._last:
+            self._last, self._last_time = last, time.monotonic()
+        return record.state == "detached" and time.monotonic() - self._last_time > self._grace
 
     def _listen(self) -> None:
         """For a sign of life first: who is granted depends on it. While we answer nobody, none can come."""

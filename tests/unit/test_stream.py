@@ -369,6 +369,12 @@ def serving(order, tmp_path, clock):
 ONE, TWO = "1" * 16, "2" * 16
 
 
+def says(serving, state):
+    text = f"rewind 1\nstate {state}\ndone 5\nend\n"
+    with (serving._folder / control.CONTROL).open("r+b") as file:
+        file.write(text.encode().ljust(4096, b"\0"))
+
+
 def lives_on(serving, what):
     with (serving._folder / control.CONTROL).open("r+b") as file:
         file.seek(4096)
@@ -450,5 +456,30 @@ def test_machine_keeps_its_root_while_the_server_is_deaf(serving, clock):
     lives_on(serving, 1)
     steps(serving, clock, 1)
     assert serving._claims.answer.refused == TWO
+
+
+def test_session_ends_when_its_machine_has_let_go(serving, clock):
+    """It hears an answer to its last word."""
+    serving._begin()
+    asks(serving, ONE)
+    says(serving, "filling")
+    assert steps(serving, clock, 100) == 100
+    says(serving, "detached")
+    assert 10 <= steps(serving, clock, 100) <= 11
+
+
+def test_session_that_was_over_waits_for_a_machine_that_boots_again(serving, clock):
+    """P6-14: its disks are complete, and it does not know that: it has to boot, to ask and to be told."""
+    says(serving, "detached")
+    asks(serving, ONE)
+    serving._claims.tend()
+    serving._begin()
+    assert steps(serving, clock, 200) == 200
+    asks(serving, TWO)
+    assert steps(serving, clock, 9) == 9
+    assert serving._claims.answer == claim.Answer(TWO, "rack.1") and serving._daemon.boots[-1] == TWO
+    assert steps(serving, clock, 200) == 200
+    lives_on(serving, 1)
+    assert 300 <= steps(serving, clock, 1000) <= 301
 
 
