@@ -266,7 +266,7 @@ class Serving:
             "done": record.done, "total": record.total or sum(ref.size for ref in self._order.exports.values()),
             "rate": self._pace.of(record, time.monotonic()), "read": record.read, "written": record.written,
             "boots": record.boots, "service": record.service, "heard": self._heard,
-            "error": self._view.error or self._daemon.error or record.error or self._sent_away(),
+            "error": self._view.error or self._daemon.error or record.error or self._sent_away(record),
         }  # fmt: skip
         if now == self._written:
             return
@@ -276,8 +276,8 @@ class Serving:
         except OSError as error:  # a full disk must not take the machine's root with it
             _log.warning("cannot write down how %s stands: %s", self._order.name, error)
 
-    def _sent_away(self) -> str:
-        refused = self._claims.answer.refused
+    def _sent_away(self, record: Record) -> str:
+        refused = "" if record.alone else self._claims.answer.refused
         return f"boot {refused} was refused: {self._claims.answer.why}" if refused else ""
 
 

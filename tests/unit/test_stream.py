@@ -483,3 +483,16 @@ def test_session_that_was_over_waits_for_a_machine_that_boots_again(serving, clo
     assert 300 <= steps(serving, clock, 1000) <= 301
 
 
+def test_machine_that_was_sent_away_is_no_error_of_a_session_that_is_done(serving, clock):
+    serving._begin()
+    for boot, machine in ((ONE, "rack.1"), (TWO, "rack.2")):
+        asks(serving, boot, machine)
+        steps(serving, clock, 1)
+    says(serving, "filling")
+    steps(serving, clock, 1)
+    assert known(serving)["error"] == f"boot {TWO} was refused: another machine, rack.1, runs from this session"
+    says(serving, "alone")
+    steps(serving, clock, 1)
+    assert known(serving)["phase"] == "done" and known(serving)["error"] == ""
+
+
