@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from appliance.errors import ToolFailed
 from appliance.process import Child
 from appliance.restore.claim import CLAIM
 from appliance.restore.control import CONTROL
@@ -65,7 +66,8 @@ class StorageDaemon:
         """Have `boot` served, and nobody where it is empty. To be called again and again."""
         now = time.monotonic()
         if self._child is not None and not self._child.alive():
-            self.error = f"the storage daemon has ended: {self._child.tail().splitlines()[-1:]}"
+            last = self._child.tail().splitlines()[-1:] or [f"exit status {self._child.returncode}"]
+            self.error = f"the storage daemon has ended: {last[0]}"
             _log.warning("%s: %s", self._name, self.error)
             self.stop()
         if self._child is not None and boot != self._boot:
@@ -73,10 +75,18 @@ class StorageDaemon:
             self._next_start = now
         if self._child is None and now >= self._next_start:
             self._next_start = now + _AGAIN
-            self._child, self._boot = Child(self._command(boot), name="qemu-storage-daemon", log=self._log), boot
-            self._seen, self._next_look = now, 0.0
+            self._start(boot, now)
         if self._child is not None and now >= self._next_look:
             self._look(now)
+
+    def _start(self, boot: str, now: float) -> None:
+        try:
+            self._child = Child(self._command(boot), name="qemu-storage-daemon", log=self._log)
+        except ToolFailed as error:  # it may be installed anew just now
+            self.error = str(error)
+            _log.warning("%s: %s", self._name, self.error)
+            return
+        self._boot, self._seen, self._next_look = boot, now, 0.0
 
     def _look(self, now: float) -> None:
         self.answers = _greets(self._place)

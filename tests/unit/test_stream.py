@@ -24,6 +24,7 @@ from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import process_key
 from appliance.restore import claim, control, serve
+from appliance.restore.storagedaemon import Place, StorageDaemon
 from appliance.service.image import streaming
 from appliance.store import RepositorySpec
 from images.guest.volumes import Volume
@@ -494,5 +495,21 @@ def test_machine_that_was_sent_away_is_no_error_of_a_session_that_is_done(servin
     says(serving, "alone")
     steps(serving, clock, 1)
     assert known(serving)["phase"] == "done" and known(serving)["error"] == ""
+
+
+@pytest.mark.parametrize(("last", "told"), [("echo no certificate", "no certificate"), ("exit 3", "exit status 3")])
+def test_storage_daemon_that_does_not_live(last, told, tmp_path, monkeypatch):
+    """It is told why in words, and started anew; also one that is not installed just now."""
+    found = StorageDaemon("rack", Place("127.0.0.1", 1, False), (), tmp_path, tmp_path / "view", tmp_path / "log")
+    monkeypatch.setattr(found, "_command", lambda _boot: ["/no/such/program"])
+    found.tend("")
+    assert "/no/such/program" in found.error
+    monkeypatch.setattr(found, "_command", lambda _boot: ["sh", "-c", last])
+    found._next_start = 0.0
+    found.tend("")
+    found._child.wait(5)
+    found.tend("")
+    assert found.error == f"the storage daemon has ended: {told}"
+    found.stop()
 
 
