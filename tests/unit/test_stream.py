@@ -19,7 +19,7 @@ import pytest
 from cryptography import x509
 
 from appliance.config import Home, load_settings, write_json
-from appliance.errors import ConfigError, NotSupported, RestoreError
+from appliance.errors import AlreadyExists, ConfigError, NotSupported, RestoreError
 from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import process_key
@@ -511,5 +511,16 @@ def test_storage_daemon_that_does_not_live(last, told, tmp_path, monkeypatch):
     found.tend("")
     assert found.error == f"the storage daemon has ended: {told}"
     found.stop()
+
+
+def test_name_that_is_taken_is_told_before_its_port(serving, monkeypatch):
+    """The same command typed twice: the port is taken by the session itself."""
+    session, refuse = MagicMock(home=serving._home), MagicMock(side_effect=AssertionError("asked"))
+    monkeypatch.setattr(streaming, "resolve", MagicMock())
+    monkeypatch.setattr(streaming, "choose", lambda *_: ())
+    monkeypatch.setattr(streaming, "_need_free", refuse)
+    choices = streaming.Choices("127.0.0.1:1", insecure=True)
+    with pytest.raises(AlreadyExists):
+        streaming.serve(session, "web", "last", "rack7", "rack", serving._home.path, [], choices)
 
 

@@ -124,13 +124,13 @@ def serve(
     identity = f"rewind-{uuid.uuid4().hex[:16]}"
     certificates = Certificates({}, {}) if choices.insecure else make_certificates(identity)
     host, port = _place(choices.listen, "--listen")
-    _need_free(host, port)
     order = server.Order(
         name, identity, str(uuid.uuid4()), point.id, target, session.spec.to_json(),
         {one.disk: one.map for one in choose(point, ())}, host, port, not choices.insecure, choices.mode,
         os.path.abspath(folder),
     )  # fmt: skip
     with _name(session, name), ExitStack() as undo, session.repository.session(f"{domain}, to be served as {name}"):
+        _need_free(host, port)  # by somebody else: a session of this name is told of first
         planned, built = _build(
             session, point, target, Path(order.image), media, choices, order, certificates, template, keys
         )  # fmt: skip
