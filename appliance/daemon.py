@@ -153,6 +153,8 @@ class Daemon:
                     streaming.resume(session, name)
                 else:
                     starting.resume(session, name)
+        except Locked as error:
+            log.info("image %s: %s", name, error)  # whoever begins or forgets it has come first
         except RewindError as error:
             self._image_not_resumed(name, key, failures, error.message + (f" ({error.hint})" if error.hint else ""))
         except Exception as error:

@@ -106,6 +106,7 @@ def socket_path(home: Home, uuid: str) -> Path:
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
     """Write the order down and start the process; its view can be read when this returns. May be repeated. Raises
     RestoreError with the reason when there is no view in time; the process goes on trying then."""
+    folder(home, order.domain).mkdir(parents=True, exist_ok=True)
     _KIND.start(home, order.domain, order, settings_file)
     _KIND.await_state(
         home, order.domain, lambda found: lives(found.get("view", "")), _START, "the view"

@@ -85,9 +85,9 @@ class Kind(Generic[_Order]):
         return found
 
     def start(self, home: Home, name: str, order: _Order, settings_file: Path) -> None:
-        """Write the order down and start `python -m MODULE HOME NAME SETTINGS`, unless its process lives."""
+        """Write the order down and start `python -m MODULE HOME NAME SETTINGS`, unless its process lives. The folder
+        has to be there: it is not made again for one that was forgotten."""
         where = self.folder(home, name)
-        where.mkdir(parents=True, exist_ok=True)
         write_json(where / "order.json", order.to_json())
         if lives(self.state(home, name).get("key", "")):
             return

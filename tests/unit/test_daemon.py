@@ -222,6 +222,14 @@ def test_what_was_brought_up_goes_on_after_the_host_was_restarted(session, monke
     assert {one.kind for one in events} == {"resumed"} and len(events) == 5
 
 
+def test_a_machine_that_somebody_else_begins_or_forgets_is_no_failure(session, monkeypatch):
+    images, events = Images(monkeypatch, session.home), []
+    images.add(serve, "rack1", phase="pulling", key="1:0")
+    images.broken = Locked(url="the name 'rack1'", holder="another `rewind image`")
+    Daemon(session, events.append).round()
+    assert images.calls == [("served", "rack1")] and events == []
+
+
 @pytest.mark.parametrize("broken", [NotRecoverable(point="p", reason="no repository"), ZeroDivisionError("surprise")])
 def test_a_machine_that_cannot_be_served_again_is_told_and_tried_later(broken, session, monkeypatch):
     images, events = Images(monkeypatch, session.home), []

@@ -19,10 +19,10 @@ import pytest
 from cryptography import x509
 
 from appliance.config import Home, load_settings, write_json
-from appliance.errors import AlreadyExists, ConfigError, NotSupported, RestoreError
+from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported, RestoreError
 from appliance.extents import Extent
 from appliance.model import MapRef
-from appliance.process import process_key
+from appliance.process import alone, process_key
 from appliance.restore import claim, control, serve
 from appliance.restore.storagedaemon import Place, StorageDaemon
 from appliance.service.image import streaming
@@ -513,6 +513,10 @@ def test_storage_daemon_that_does_not_live(last, told, tmp_path, monkeypatch):
     found.stop()
 
 
+def session_of(serving):
+    return SimpleNamespace(home=serving._home, spec=RepositorySpec("/r", serving._home.path, None), settings_file=None)
+
+
 def test_name_that_is_taken_is_told_before_its_port(serving, monkeypatch):
     """The same command typed twice: the port is taken by the session itself."""
     session, refuse = MagicMock(home=serving._home), MagicMock(side_effect=AssertionError("asked"))
@@ -522,5 +526,21 @@ def test_name_that_is_taken_is_told_before_its_port(serving, monkeypatch):
     choices = streaming.Choices("127.0.0.1:1", insecure=True)
     with pytest.raises(AlreadyExists):
         streaming.serve(session, "web", "last", "rack7", "rack", serving._home.path, [], choices)
+
+
+@pytest.mark.parametrize("verb", [streaming.resume, streaming.forget])
+def test_name_is_resumed_or_forgotten_by_one_at_a_time(verb, serving, monkeypatch):
+    """Or what one forgets is made again by the other, without what it has to do."""
+    monkeypatch.setattr(serve, "launch", MagicMock(side_effect=AssertionError("launched")))
+    with alone(serving._folder.parent / ".rack.lock"), pytest.raises(Locked):
+        verb(session_of(serving), "rack")
+    assert serving._folder.exists()
+
+
+def test_session_that_was_forgotten_is_not_made_again(serving, order):
+    serve.tidy(serving._home, "rack")
+    with pytest.raises(FileNotFoundError):
+        serve.launch(serving._home, order)
+    assert not serving._folder.exists()
 
 

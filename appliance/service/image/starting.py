@@ -99,12 +99,13 @@ def _lock(session: Session, name: str) -> Path:
 
 @contextmanager
 def _alone(session: Session, name: str) -> Iterator[None]:
-    """One start of that name at a time. Raises Locked."""
+    """Nobody else begins, resumes or forgets that name. Raises Locked."""
     where = _lock(session, name)
     where.parent.mkdir(parents=True, exist_ok=True)
     with alone(where) as first:
         if not first:
-            raise Locked(url=f"the name {name!r}", holder="another `rewind image start`", hint="wait for its end")
+            holder = "another `rewind image`, or the daemon,"
+            raise Locked(url=f"the name {name!r}", holder=holder, hint="wait for its end")
         yield
 
 
@@ -199,18 +200,26 @@ def listing(session: Session) -> list[Running]:
 
 def resume(session: Session, name: str) -> None:
     """Have its disks filled again, after this host was restarted or the process that did it died. Raises ConfigError
-    for a name that nobody brought up, RestoreError as `hydrate.launch`."""
-    order = hydrate.load(session.home, name)
-    if order is not None and running(session, name).phase == "stopped":
-        # The key may come to us through another descriptor than to whoever began.
-        hydrate.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
+    for a name that nobody brought up, Locked, RestoreError as `hydrate.launch`."""
+    _order(session, name)
+    with _alone(session, name):
+        order = _order(session, name)  # it may have been forgotten, or started, before we had the name
+        if running(session, name).phase == "stopped":
+            # The key may come to us through another descriptor than to whoever began.
+            hydrate.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
 
 def forget(session: Session, name: str) -> None:
     """End what is kept for a domain that was brought up: of one that is done, or gone. Raises ConfigError for a name
-    that nobody brought up, and for a domain that still needs the repository."""
-    found = running(session, name)
-    if found.phase not in ("done", "gone"):
+    that nobody brought up, and for a domain that still needs the repository; Locked."""
+    _order(session, name)
+    with _alone(session, name):
+        _forget(session, name)
+
+
+def _forget(session: Session, name: str) -> None:
+    found, order = running(session, name), _order(session, name)
+    if found.phase != "done" and not _is_undefined(session, order):  # nobody else starts it now
         reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
         hint = f"wait until `rewind image list` says done, or `virsh undefine --nvram {name}`"
         raise ConfigError(reason=reason, hint=hint)
@@ -219,9 +228,7 @@ def forget(session: Session, name: str) -> None:
 
 def running(session: Session, name: str) -> Running:
     """Raises ConfigError for a name that nobody brought up."""
-    order, state = hydrate.load(session.home, name), hydrate.state(session.home, name)
-    if order is None:
-        raise ConfigError(reason=f"no domain {name!r} was brought up from here", hint="`rewind image list` lists them")
+    order, state = _order(session, name), hydrate.state(session.home, name)
     phase = str(state.get("phase", "stopped"))
     if phase != "done" and not lives(state.get("key", "")):
         phase = "stopped"
@@ -234,16 +241,28 @@ def running(session: Session, name: str) -> Running:
 
 
 def _gone(session: Session, order: hydrate.Order) -> bool:
-    """Whether its hypervisor answers and has no such domain. One that does not answer says nothing about it, and
-    whoever starts it now has not defined it yet."""
+    """Whoever starts it now has not defined it yet."""
+    if not _is_undefined(session, order):
+        return False
+    with alone(_lock(session, order.domain)) as nobody:
+        return nobody
+
+
+def _is_undefined(session: Session, order: hydrate.Order) -> bool:
+    """Whether its hypervisor answers and has no such domain. One that does not answer says nothing about it."""
     try:
         session.hypervisor(order.uri).domain(order.uuid)
     except DomainNotFound:
-        with alone(_lock(session, order.domain)) as nobody:
-            return nobody
+        return True
     except HypervisorError:
         pass
     return False
+
+
+def _order(session: Session, name: str) -> hydrate.Order:
+    if (order := hydrate.load(session.home, name)) is None:
+        raise ConfigError(reason=f"no domain {name!r} was brought up from here", hint="`rewind image list` lists them")
+    return order
 
 
 def _addresses(definition: str, name: str, new: bool) -> list[str]:

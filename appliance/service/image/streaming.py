@@ -153,12 +153,20 @@ def _name(session: Session, name: str) -> Iterator[None]:
         raise ConfigError(reason=f"{name!r} cannot be the name of a session", hint="letters, digits, `-`, `_`, `.`")
     where = server.folder(session.home, name)
     where.parent.mkdir(exist_ok=True, mode=0o700)
-    with alone(where.parent / f".{name}.lock") as first:
-        if not first:
-            raise Locked(url=f"the name {name!r}", holder="another `rewind image serve`", hint="wait for its end")
+    with _alone(session, name):
         if server.load(session.home, name) or hydrate.load(session.home, name):
             raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
         shutil.rmtree(where, ignore_errors=True)  # of one that did not get as far as an order
+        yield
+
+
+@contextmanager
+def _alone(session: Session, name: str) -> Iterator[None]:
+    """Nobody else begins, resumes or ends the session of that name. Raises Locked."""
+    with alone(server.folder(session.home, name).parent / f".{name}.lock") as first:
+        if not first:
+            holder = "another `rewind image`, or the daemon,"
+            raise Locked(url=f"the name {name!r}", holder=holder, hint="wait for its end")
         yield
 
 
@@ -263,29 +271,36 @@ def follow(session: Session, name: str, progress: Progress = silent) -> Streamed
 def resume(session: Session, name: str) -> None:
     """Serve again, after this host was restarted or the server died: the machine waits for it, or is booted again. Also
     a session that is done: a machine that lost its power just then has to be told that its disks are complete.
-    Raises ConfigError for an unknown name, RestoreError as `serve.launch`."""
-    order = server.load(session.home, name)
-    if order is None:
-        raise _unknown(name)
-    if not lives(server.state(session.home, name).get("key", "")):
-        # The key may come to us through another descriptor than to whoever began.
-        server.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
+    Raises ConfigError for an unknown name, Locked, RestoreError as `serve.launch`."""
+    _order(session, name)
+    with _alone(session, name):
+        order = _order(session, name)  # it may have been forgotten, or started, before we had the name
+        if not lives(server.state(session.home, name).get("key", "")):
+            # The key may come to us through another descriptor than to whoever began.
+            server.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
 
 def forget(session: Session, name: str, force: bool = False) -> None:
-    """End a session. Raises ConfigError for an unknown name, and unless `force` for a machine that is not alone yet:
-    what it has written would be lost."""
-    found = _streamed(session, name)
-    if found.boots and found.phase != "done" and not force:
-        reason = f"the machine of {name!r} still needs it, and what it has written is nowhere else"
-        raise ConfigError(reason=reason, hint="wait until `rewind image list` says done, or add --force")
-    server.tidy(session.home, name)
+    """End a session. Raises Locked, ConfigError for an unknown name, and unless `force` for a machine that is not
+    alone yet: what it has written would be lost."""
+    _order(session, name)
+    with _alone(session, name):
+        found = _streamed(session, name)
+        if found.boots and found.phase != "done" and not force:
+            reason = f"the machine of {name!r} still needs it, and what it has written is nowhere else"
+            raise ConfigError(reason=reason, hint="wait until `rewind image list` says done, or add --force")
+        server.tidy(session.home, name)
+
+
+def _order(session: Session, name: str) -> server.Order:
+    if (order := server.load(session.home, name)) is None:
+        reason = f"nothing is served as {name!r} from here"
+        raise ConfigError(reason=reason, hint="`rewind image list` lists what is")
+    return order
 
 
 def _streamed(session: Session, name: str) -> Streamed:
-    order, state = server.load(session.home, name), server.state(session.home, name)
-    if order is None:
-        raise _unknown(name)
+    order, state = _order(session, name), server.state(session.home, name)
     phase = server.phase_of(session.home, name)
     service = state.get("service") or [None, None]
     total = sum(ref.size for ref in order.exports.values())
@@ -299,7 +314,3 @@ def _streamed(session: Session, name: str) -> Streamed:
         int(state.get("boots", 0)), service[0], service[1], () if phase == "done" else tuple(order.exports),
         str(state.get("error", "")),
     )  # fmt: skip
-
-
-def _unknown(name: str) -> ConfigError:
-    return ConfigError(reason=f"nothing is served as {name!r} from here", hint="`rewind image list` lists what is")
