@@ -23,9 +23,9 @@ from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported, R
 from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import alone, process_key
-from appliance.restore import claim, control, serve
+from appliance.restore import claim, control, hydrate, serve
 from appliance.restore.storagedaemon import Place, StorageDaemon
-from appliance.service.image import streaming
+from appliance.service.image import starting, streaming
 from appliance.store import RepositorySpec
 from images.guest.volumes import Volume
 from images.model import Layer, Mount, Root
@@ -544,3 +544,7 @@ def test_session_that_was_forgotten_is_not_made_again(serving, order):
     assert not serving._folder.exists()
 
 
+@pytest.mark.parametrize(("kind", "listing"), [(serve, streaming.listing), (hydrate, starting.listing)])
+def test_list_leaves_out_what_was_forgotten_meanwhile(kind, listing, serving, monkeypatch):
+    monkeypatch.setattr(kind, "names", lambda _home: ["gone"])
+    assert listing(session_of(serving)) == []

@@ -194,8 +194,9 @@ def follow(session: Session, name: str, progress: Progress = silent) -> Running:
 
 
 def listing(session: Session) -> list[Running]:
-    """All that were brought up from this home and not forgotten."""
-    return [running(session, name) for name in hydrate.names(session.home)]
+    """All that were brought up from this home and not forgotten, also while we look."""
+    found = [(name, hydrate.load(session.home, name)) for name in hydrate.names(session.home)]
+    return [_standing(session, name, order) for name, order in found if order is not None]
 
 
 def resume(session: Session, name: str) -> None:
@@ -228,16 +229,7 @@ def _forget(session: Session, name: str) -> None:
 
 def running(session: Session, name: str) -> Running:
     """Raises ConfigError for a name that nobody brought up."""
-    order, state = _order(session, name), hydrate.state(session.home, name)
-    phase = str(state.get("phase", "stopped"))
-    if phase != "done" and not lives(state.get("key", "")):
-        phase = "stopped"
-    if _gone(session, order):
-        phase = "gone"
-    return Running(
-        name, order.point, phase, int(state.get("done", 0)), int(state.get("total", 0)), tuple(state.get("left", ())),
-        str(state.get("error", "")),
-    )  # fmt: skip
+    return _standing(session, name, _order(session, name))
 
 
 def _gone(session: Session, order: hydrate.Order) -> bool:
@@ -263,6 +255,19 @@ def _order(session: Session, name: str) -> hydrate.Order:
     if (order := hydrate.load(session.home, name)) is None:
         raise ConfigError(reason=f"no domain {name!r} was brought up from here", hint="`rewind image list` lists them")
     return order
+
+
+def _standing(session: Session, name: str, order: hydrate.Order) -> Running:
+    state = hydrate.state(session.home, name)
+    phase = str(state.get("phase", "stopped"))
+    if phase != "done" and not lives(state.get("key", "")):
+        phase = "stopped"
+    if _gone(session, order):
+        phase = "gone"
+    return Running(
+        name, order.point, phase, int(state.get("done", 0)), int(state.get("total", 0)), tuple(state.get("left", ())),
+        str(state.get("error", "")),
+    )  # fmt: skip
 
 
 def _addresses(definition: str, name: str, new: bool) -> list[str]:

@@ -254,8 +254,9 @@ def known(session: Session, name: str) -> bool:
 
 
 def listing(session: Session) -> list[Streamed]:
-    """All sessions of this home that are not forgotten."""
-    return [_streamed(session, name) for name in server.names(session.home)]
+    """All sessions of this home that are not forgotten, also while we look."""
+    found = [server.load(session.home, name) for name in server.names(session.home)]
+    return [_standing(session, order) for order in found if order is not None]
 
 
 def follow(session: Session, name: str, progress: Progress = silent) -> Streamed:
@@ -300,7 +301,11 @@ def _order(session: Session, name: str) -> server.Order:
 
 
 def _streamed(session: Session, name: str) -> Streamed:
-    order, state = _order(session, name), server.state(session.home, name)
+    return _standing(session, _order(session, name))
+
+
+def _standing(session: Session, order: server.Order) -> Streamed:
+    name, state = order.name, server.state(session.home, order.name)
     phase = server.phase_of(session.home, name)
     service = state.get("service") or [None, None]
     total = sum(ref.size for ref in order.exports.values())
