@@ -53,8 +53,8 @@ _ROUND = 5.0
 _AGAIN, _AGAIN_AT_MOST = 60.0, 3600.0
 # One that starts and ends at once must not become a loop.
 _TAP_AGAIN = 5.0
-# The key of a test among what is running.
-_TEST = "test"
+# The keys of a test, and of all images that go on, among what is running.
+_TEST, _IMAGES = "test", "images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +134,25 @@ class Daemon:
 
     def _resume_images(self, pool: ThreadPoolExecutor) -> None:
         """Domains and machines that were brought up and whose disks nobody fills any more."""
+        if _IMAGES in self._running:
+            return
+        waiting = []
         for kind in (hydrate, serve):
             for name in kind.unfinished(self._home):
                 key = f"image {name}"
                 when, failures = self._resumed.get(key, (0.0, 0))
                 pause = min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else 0.0
-                if lives(kind.state(self._home, name).get("key", "")) or key in self._running:
-                    continue
-                if time.time() >= when + pause:
-                    self._running[key] = pool.submit(self._resume_image, kind is serve, name, key, failures)
+                if not lives(kind.state(self._home, name).get("key", "")) and time.time() >= when + pause:
+                    waiting.append((kind is serve, name, key, failures))
+        if waiting:
+            self._running[_IMAGES] = pool.submit(self._resume_each, waiting)
+
+    def _resume_each(self, waiting: list[tuple[bool, str, str, int]]) -> None:
+        """One after the other: each may take a minute, in which points are due."""
+        for one in waiting:
+            if not self._stop.is_set():
+                self._resume_image(*one)
+        self._wake.set()
 
     def _resume_image(self, served: bool, name: str, key: str, failures: int) -> None:
         from appliance.service.image import starting, streaming
@@ -164,8 +174,6 @@ class Daemon:
             with self._telling:
                 self._resumed.pop(key, None)
             self._say("resumed", name, "it is served again" if served else "its disks are being filled again")
-        finally:
-            self._wake.set()
 
     def _image_not_resumed(self, name: str, key: str, failures: int, detail: str) -> None:
         with self._telling:

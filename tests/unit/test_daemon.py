@@ -28,6 +28,7 @@ from appliance.service.image import evidence, scheduled, starting, streaming, ve
 from appliance.service.setup import init
 from appliance.service.underway import Pending
 from images.verify.judge import Verdict
+from tests.support.limits import limit
 
 
 @pytest.fixture
@@ -220,6 +221,26 @@ def test_what_was_brought_up_goes_on_after_the_host_was_restarted(session, monke
     expected = [("served", "new"), ("served", "rack1"), ("served", "rack2")]
     assert sorted(images.calls) == [("filled", "twin-rack1"), ("filled", "twin-rack2"), *expected]
     assert {one.kind for one in events} == {"resumed"} and len(events) == 5
+
+
+def test_points_are_taken_while_machines_do_not_come_back(session, monkeypatch):
+    """Each waits for a minute for a repository that is away: that must not take all workers."""
+    points, images, waits = Points(monkeypatch), Images(monkeypatch, session.home), threading.Event()
+    again = images.again
+    monkeypatch.setattr(images, "again", lambda how, name: (waits.wait(limit(60)), again(how, name)))
+    for number in range(6):
+        images.add(serve, f"rack{number}", phase="pulling", key="1:0")
+    protect(session, "web")
+    daemon = Daemon(session, lambda _event: None)
+    thread = threading.Thread(target=daemon.round)
+    thread.start()
+    deadline = time.monotonic() + limit(5)
+    while not points.taken and time.monotonic() < deadline:
+        time.sleep(0.02)
+    taken = list(points.taken)
+    waits.set()
+    thread.join()
+    assert taken == ["web"] and len(images.calls) == 6
 
 
 def test_a_machine_that_somebody_else_begins_or_forgets_is_no_failure(session, monkeypatch):
