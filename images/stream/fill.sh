@@ -259,6 +259,13 @@ copy_first() {
     : >$MEET/alone
 }
 
+# The disks are complete since a boot before, whose power went before it could say all of that.
+end_session() {
+    choose_places
+    mark
+    say_goodbye
+}
+
 stream() {
     state booting
     until_booted

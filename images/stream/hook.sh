@@ -160,6 +160,21 @@ has_own() {
     return 1
 }
 
+# For keeper, which has the last word to say where the power went before it: a plan of disks that have a mark, and none
+# where one has not. What a disk says of itself is too little to write to it.
+plan_own() {
+    for disk in $RWS_DISKS; do
+        found=''
+        for name in $(local_disks); do
+            [ "$(was_ours "$disk")" = "$(identity "$name")" ] || continue
+            if is_marked "$disk" "$name" ' begun' || is_marked "$disk" "$name" ''; then found=$name; fi
+        done
+        [ -n "$found" ] || return 0
+        echo "$disk $found $(cat "/sys/block/$found/dev") $(identity "$found")" >>/tmp/plan
+    done
+    mv /tmp/plan $MEET/plan
+}
+
 # --- the client's disks ---------------------------------------------------------------------------------------------
 
 choose_locals() {
@@ -254,6 +269,7 @@ else
     case $(sed -n 's/^state //p' $MEET/record) in
         alone | detached)
             find_own
+            plan_own
             stream_alone
             ;;
         *)

@@ -310,6 +310,7 @@ stay() {
         if [ "$RWS_MODE" = copy ]; then copy_first; else stream; fi
     fi
     until_file quit
+    if [ ! -e $MEET/go ] && [ -e $MEET/plan ]; then end_session; fi
     unlink_all
     wait "$holder" # our address goes before we say that we are gone
     : >$MEET/gone

@@ -17,7 +17,7 @@ import pytest
 
 from appliance.daemon import Daemon
 from appliance.errors import ToolFailed
-from appliance.process import run
+from appliance.process import lives, run
 from appliance.restore import claim, control, kept, serve
 from appliance.service import Session
 from appliance.service.image import streaming
@@ -68,6 +68,39 @@ def test_stream(source, tmp_path):
     assert state["phase"] == "done" and state["done"] == state["total"] == DISK_BYTES
     assert state["service"][1] < state["read"]
     is_alone(source, iso, disk, tmp_path / "second", written)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_power_cut_before_the_last_word(source, tmp_path):
+    """P6-14: the power goes after the disk is complete and before it has its mark: the next boot ends the session, and
+    the one after that needs no server."""
+    iso, disk = source.image(tmp_path / "image"), source.local()
+    with Machine(iso, disk, tmp_path / "first") as machine:
+        machine.wait_for("^end$")
+        machine.wait()
+        written = machine.said("wrote")
+    folder, mark = serve.folder(source.home, source.order.name), f"rewind {source.order.session} vda"
+    wait_for(lambda: source.state()["phase"] == "done" and not lives(source.state()["key"]))
+    for path, offset, before, after in (
+        (folder / control.CONTROL, 0, "state detached\n", "state alone\n"),
+        (disk, DISK_BYTES, f"{mark}\n", f"{mark} begun\n"),
+    ):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            text = file.read(4096).rstrip(b"\0").decode()
+            assert before in text
+            file.seek(offset)
+            file.write(text.replace(before, after).encode().ljust(4096, b"\0"))
+    serve.launch(source.home, source.order)
+    with Machine(iso, disk, tmp_path / "second") as machine:
+        machine.wait_for("^up$")
+        found = machine.said("found")
+    assert {name: found.get(name) for name in written} == written
+    assert "starting from them alone" in machine.console
+    assert source.record().state == "detached"
+    wait_for(lambda: not lives(source.state()["key"]), 30)
+    is_alone(source, iso, disk, tmp_path / "third", written)
 
 
 def test_nobody_else_can_connect(source):
