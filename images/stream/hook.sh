@@ -4,7 +4,8 @@
 # fit, and puts the client's disks together. What has to outlive the initrd is `keeper`.
 #
 #   /rw/stream.conf       RWS_* settings (images/stream/settings.py)
-#   /run/rewind/          where the two meet: keeper says ready, lost, alone, gone; this says plan, same, go, quit, error
+#   /run/rewind/          where the two meet: keeper says ready, lost, alone, gone; this says plan, same, go, quit,
+#                         error, refused (it does not start)
 #
 #   rewind-src-DISK       the served disk, by a link that waits while the server is away       (keeper)
 #   rewind-DISK           the client's disk: first the served one, then both, then the local one
@@ -23,6 +24,7 @@ dm() { (export DM_DISABLE_UDEV=1 && x dmsetup "$@"); }
 of_disk() { eval "echo \"\$RWS_$1_$(echo "$2" | tr -c 'A-Za-z0-9\n' _)\""; }
 
 stream_refuse() {
+    : >$MEET/refused
     echo "$*" >$MEET/error # keeper tells the server
     sleep 3
     fail "$@"

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -33,6 +34,7 @@ from images.stream.layout import Disk, Layout, Part, layout_of, plain_layout
 from images.stream.settings import Stream, stream_conf, with_stream
 from images.stream.tls import make_certificates
 from images.template.settings import Settings
+from tests.support.limits import limit
 
 MIB = 1 << 20
 PARTS = (Part("vda1", 1, MIB, 32 * MIB),)
@@ -548,3 +550,42 @@ def test_session_that_was_forgotten_is_not_made_again(serving, order):
 def test_list_leaves_out_what_was_forgotten_meanwhile(kind, listing, serving, monkeypatch):
     monkeypatch.setattr(kind, "names", lambda _home: ["gone"])
     assert listing(session_of(serving)) == []
+
+
+# --- the machine's side ---
+
+
+@pytest.fixture
+def signs(tmp_path):
+    """keeper's signs of life on a file, and the file."""
+    text = (Path(streaming.__file__).parents[3] / "images/stream/keeper.sh").read_text()
+    for before, after in (("/run/rewind", tmp_path), ("/dev/mapper", tmp_path), ("/tmp/", f"{tmp_path}/")):
+        text = text.replace(before, str(after))
+    (tmp_path / "keeper").write_text(text.replace("sleep 3", "sleep 0.05"))
+    link = tmp_path / "rewind-src-control"
+    link.write_bytes(b"")
+    with subprocess.Popen(["sh", tmp_path / "keeper", "give_signs"]) as process:
+        try:
+            wait_for(lambda: b"lives at" in link.read_bytes())
+            yield process, link
+        finally:
+            process.kill()
+
+
+def wait_for(wanted):
+    deadline = time.monotonic() + limit(5)
+    while not wanted():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_machine_that_only_shows_why_it_does_not_start_is_silent(signs, tmp_path):
+    """It would have the right one sent away. One that runs although its local disk is of no use is not silent."""
+    process, _ = signs
+    (tmp_path / "error").write_text("local disk sda cannot be filled\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    (tmp_path / "refused").touch()
+    assert process.wait(5) == 0
+
+
