@@ -182,10 +182,10 @@ ask() {
 }
 
 # Whoever asks after us is sent away for it. One that only shows why it does not start must not hold the place of the
-# machine that would.
+# machine that would. The device may have gone since: what is written then would be a file of its name.
 give_signs() {
     until [ -e /tmp/end ] || [ -e $MEET/refused ]; do
-        echo "$BOOT lives at $(now)" |
+        [ ! -e /dev/mapper/rewind-src-control ] || echo "$BOOT lives at $(now)" |
             dd of=/dev/mapper/rewind-src-control bs=4096 seek=1 count=1 conv=sync,notrunc,fsync 2>/dev/null
         sleep 3
     done

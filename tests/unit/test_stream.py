@@ -589,3 +589,12 @@ def test_machine_that_only_shows_why_it_does_not_start_is_silent(signs, tmp_path
     assert process.wait(5) == 0
 
 
+def test_signs_make_no_file_where_the_link_was(signs):
+    process, link = signs
+    link.unlink()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    link.unlink(missing_ok=True)  # of one that was under way
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    assert not link.exists()
