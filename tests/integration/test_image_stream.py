@@ -302,13 +302,22 @@ def test_copy_first(source, tmp_path):
     iso, disk = source.image(tmp_path / "image", "copy", overwrite=True), source.local()
     disk.write_bytes(b"\xff" * (DISK_BYTES + (8 << 20)))
     with Machine(iso, disk, tmp_path / "first") as machine:
+        deadline = time.monotonic() + limit(120)
+        while source.record().state != "copying" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        machine.hold()
+        time.sleep(6)  # as long as it goes on without telling how far it is
+        machine.go_on()
         machine.wait_for(r"copying: \d+ of", where="console")
+        wait_for(lambda: source.record().done)
         machine.kill()
     assert source.state()["phase"] == "copying"
+    data = sum(one.length for one in source._extents() if not one.zero)
     with Machine(iso, disk, tmp_path / "second") as machine:
         machine.wait_for("^up$")
         assert re.search(r"root: /dev/nvme0n1p1 / ext4", machine.proof)
         assert source.state()["phase"] == "done"
+        assert source.state()["read"] < data
         machine.wait_for("^end$")
         machine.wait()
         written = machine.said("wrote")
