@@ -36,13 +36,13 @@ put_record() { # state, done bytes
         if [ -e $MEET/plan ]; then plan_identities; else grep '^local ' $MEET/record; fi
         echo end
     } >/tmp/record
-    dd if=/tmp/record of=/dev/mapper/rewind-src-control bs=4096 count=1 conv=sync,notrunc,fsync 2>/dev/null
+    to_control 0 </tmp/record
 }
 
 plan_identities() { sed 's/^\([^ ]*\) [^ ]* [^ ]* /local \1 /' $MEET/plan; }
 
 read_record() {
-    dd if=/dev/mapper/rewind-src-control bs=4096 count=1 2>/dev/null | tr -d '\000' >/tmp/found
+    from_control count=1 | tr -d '\000' >/tmp/found
     BOOTS=$(($(sed -n 's/^boots //p' /tmp/found | grep -x '[0-9]*' || echo 0) + 1))
     COPIED=$(sed -n 's/^copied //p' /tmp/found)
     # shellcheck disable=SC2034
@@ -97,7 +97,7 @@ settle() {
 copy_all() {
     plan_identities >/tmp/new
     grep '^local ' $MEET/record | cmp -s - /tmp/new && [ -e $MEET/same ] || COPIED=0
-    dd if=/dev/mapper/rewind-src-control bs=4096 skip=16 2>/dev/null | tr -d '\000' >/tmp/pieces
+    from_control skip=16 | tr -d '\000' >/tmp/pieces
     if [ "$(tail -n 1 /tmp/pieces)" != end ]; then lost "the list of what has data is not whole" && return 1; fi
     number=0 bytes=0 since=$(now)
     while read -r disk offset length zero; do

@@ -185,10 +185,20 @@ ask() {
 # machine that would. The device may have gone since: what is written then would be a file of its name.
 give_signs() {
     until [ -e /tmp/end ] || [ -e $MEET/refused ]; do
-        [ ! -e /dev/mapper/rewind-src-control ] || echo "$BOOT lives at $(now)" |
-            dd of=/dev/mapper/rewind-src-control bs=4096 seek=1 count=1 conv=sync,notrunc,fsync 2>/dev/null
+        [ ! -e /dev/mapper/rewind-src-control ] || echo "$BOOT lives at $(now)" | to_control 1
         sleep 3
     done
+}
+
+# Past the page cache: a `sync` of anybody in this machine holds the lock of a device that has dirty pages for as long as
+# they are not written, and so does whoever closes it while it reads ahead. The kernel wants that lock to put a new
+# connection below the device, without which nothing is written or read.
+to_control() { # page; from standard input
+    dd of=/dev/mapper/rewind-src-control bs=4096 seek="$1" count=1 oflag=direct conv=sync,notrunc,fsync 2>/dev/null
+}
+
+from_control() { # skip=PAGE, count=PAGES
+    dd if=/dev/mapper/rewind-src-control bs=4096 iflag=direct "$@" 2>/dev/null
 }
 
 # --- links that last -------------------------------------------------------------------------------------------------
