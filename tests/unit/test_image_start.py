@@ -9,7 +9,7 @@ import pytest
 
 from appliance.cli.verbs.streaming import emit_running
 from appliance.config import Home
-from appliance.errors import ConfigError, ConnectError, DomainNotFound
+from appliance.errors import ConfigError, ConnectError, DomainNotFound, Locked
 from appliance.restore import hydrate
 from appliance.service.image import making, starting
 from images.settle.choice import After
@@ -118,6 +118,8 @@ def test_a_domain_that_was_undefined_is_gone(brought_up, phase):
     emit_running(SimpleNamespace(output=output), found)
     ((told, text),) = said
     assert told == "gone" and "no such domain" in text and "`rewind image forget twin`" in text
+    with pytest.raises(ConfigError, match="domain 'twin' is gone"):
+        starting.resume(session, "twin")
 
 
 def test_a_domain_that_is_being_started_is_not_gone(brought_up):
@@ -125,7 +127,7 @@ def test_a_domain_that_is_being_started_is_not_gone(brought_up):
     session, found = brought_up("off", raiser(DomainNotFound(domain="u", uri="test:///")))
     with starting._alone(session, "twin"):
         assert starting.running(session, "twin").phase == "off"
-        with pytest.raises(ConfigError, match="still reads its disks"):
+        with pytest.raises(Locked):
             starting.forget(session, "twin")
     assert found.phase == starting.running(session, "twin").phase == "gone"
     starting.forget(session, "twin")

@@ -201,10 +201,12 @@ def listing(session: Session) -> list[Running]:
 
 def resume(session: Session, name: str) -> None:
     """Have its disks filled again, after this host was restarted or the process that did it died. Raises ConfigError
-    for a name that nobody brought up, Locked, RestoreError as `hydrate.launch`."""
+    for a name that nobody brought up and for a domain that is gone, Locked, RestoreError as `hydrate.launch`."""
     _order(session, name)
     with _alone(session, name):
         order = _order(session, name)  # it may have been forgotten, or started, before we had the name
+        if _is_undefined(session, order):
+            raise ConfigError(reason=f"domain {name!r} is gone", hint=f"`rewind image forget {name}`")
         if running(session, name).phase == "stopped":
             # The key may come to us through another descriptor than to whoever began.
             hydrate.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
