@@ -20,7 +20,8 @@ def free_in(folder: Path) -> int | None:
             continue
         except OSError:
             return None  # whoever writes there is told what is wrong with it
-        return found.f_bavail * found.f_frsize
+        # What counts no blocks (procfs, some of FUSE) tells nothing about room.
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
     return None
 
 

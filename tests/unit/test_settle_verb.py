@@ -4,6 +4,7 @@ tests/integration/test_image_settle.py."""
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -225,6 +226,7 @@ def test_disks_that_could_not_be_filled_are_refused(tmp_path, monkeypatch):
 def test_room_is_that_of_the_folder_that_is_there(tmp_path):
     assert free_in(tmp_path / "not/yet") == free_in(tmp_path) > 0
     refuse_without(1, tmp_path / "not/yet", "a byte")
+    assert free_in(Path("/proc/not/yet")) is None  # it counts no blocks, so it says nothing of room
     with pytest.raises(NoSpace):
         refuse_without(1 << 80, tmp_path / "not/yet", "more than there is")
 
