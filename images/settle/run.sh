@@ -63,6 +63,8 @@ for script in "$here/steps/$phase"/*; do
 done
 sync
 RW_STEP=$phase
+# The report of this phase tells of the other one, too: as long as something of that has failed it is not the last one.
+if [ "$phase" = settle ] && [ -d "$here/steps/identity" ] && [ ! -e "$RW_STATE/identity-$RW_IMAGE" ]; then failed=1; fi
 if [ "$failed" != 0 ]; then
     say "not all could be done; it is tried again at the next start from this boot volume"
     report_as "$done_mark.failed"

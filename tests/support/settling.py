@@ -142,10 +142,12 @@ class Root:
             else:
                 shutil.copy(source, where)
 
-    def run(self, plan: Plan, choice: Mapping[str, Mapping[str, Any]], phase: str, seed: str = "s") -> Done:
-        """One phase, as the unit of systemd runs it, with a /run that is new."""
+    def run(self, plan: Plan, choice: Mapping[str, Mapping[str, Any]], *phases: str, seed: str = "s") -> Done:
+        """One start of the system: these phases, as the units of systemd run them, with a /run that is new. What the
+        last one came to."""
         self._new_run(plan, choice, seed)
-        done = self._apart("exec", "/bin/sh", "/run/rewind/settle/run", phase)
+        for phase in phases:
+            done = self._apart("exec", "/bin/sh", "/run/rewind/settle/run", phase)
         report = self.path("/run/rewind/settle/report")
         return Done(done.returncode, report.read_text() if report.exists() else "", done.stdout + done.stderr)
 

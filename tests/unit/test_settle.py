@@ -110,6 +110,22 @@ def test_a_step_that_fails_does_not_hold_up_the_others(root):
     assert root.read("/etc/ssh/ssh_host_ed25519_key") != "old"
 
 
+def test_what_failed_of_the_identity_is_told_until_it_is_done(root):
+    """P6-19: the report that `rewind image settle` reads tells of both phases; the next start makes it anew."""
+    root.write("/etc/ssh/ssh_host_ed25519_key", "old")
+    root.write("/run/systemd/network/10-rewind-ens3.link", "[Link]\nName=ens3\n")
+    root.program("ssh-keygen", "exit 1")
+    choice = {"ssh-keys": {}, "nics": {}}
+    first = root.run(plan(), choice, "identity", "settle")
+    assert first.code == 1 and "nics: done" in first.report and "ssh-keys: failed (1)" in first.report, first
+    (report,) = root.path("/var/lib/rewind").glob("settle-*.failed")
+    root.path("/usr/local/sbin/ssh-keygen").unlink()
+    assert root.run(plan(), choice, "identity", "settle").code == 0
+    assert not report.exists()
+    told = {one.name: one.outcome for one in outcomes(report.with_suffix("").read_text())}
+    assert told == {"ssh-keys": "done", "nics": "done"}
+
+
 def test_a_step_of_a_start_that_was_cut_off_is_told_again(root):
     """`rewind image settle` knows by the report alone whether the disk starts by itself."""
     root.write("/run/systemd/network/10-rewind-ens3.link", "[Link]\nName=ens3\n")
