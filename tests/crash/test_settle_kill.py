@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.support.settling import INITRD, Root, plan
 
 OLD, NEW = "kernel/virtio_blk.ko\n", "kernel/ahci.ko\nkernel/sd_mod.ko\n"
 UUID = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+MACS = [f"52:54:00:00:00:0{number}" for number in range(3)]
 KEY = "/etc/ssh/ssh_host_ed25519_key"
 PARTS = f"label: gpt\nstart=2048, size=20480, type={ESP}, uuid={UUID}\nsize=20480, name=root\n"
 # Each writes in pieces, as the real one does: update-initramfs beside the old file, dracut and GRUB into it.
@@ -82,13 +84,17 @@ def identity(root):
     for path, text in {
         "/etc/hostname": "ledger\n", "/etc/hosts": "127.0.1.1 ledger.example.org ledger\n", "/etc/mailname": "ledger\n",
         "/etc/machine-id": "0" * 32 + "\n", "/var/lib/dbus/machine-id": "0" * 32 + "\n",
-        "/etc/systemd/network/a.network": "[Match]\nName=lan0\n[Network]\nAddress=10.0.0.5/24\n",
+        "/etc/systemd/network/a.network": f"[Match]\nMACAddress={MACS[0]}\n[Network]\nAddress=10.0.0.5/24\n",
+        "/etc/systemd/network/b.network": f"[Match]\nMACAddress={MACS[0]} {MACS[1]}\n",
         "/etc/cloud/cloud.cfg.d/x": "", KEY: "old", f"{KEY}.pub": "old",
     }.items():  # fmt: skip
         root.write(path, text)
     # One that does not cost a real key each time.
     root.program("ssh-keygen", f'echo new >"$3{KEY}"\necho new >"$3{KEY}.pub"', "bash")
-    return plan(), After(identity="new", host_name="twin").choice(plan(), "s"), "identity"
+    # What is the new address of one card is the old one of the other.
+    made = plan(rename={MACS[1]: "lan0", MACS[2]: "lan1"})
+    made = replace(made, client=replace(made.client, nics={"lan0": MACS[0], "lan1": MACS[1]}))
+    return made, After(identity="new", host_name="twin").choice(made, "s"), "identity"
 
 
 CASES = {

@@ -346,6 +346,47 @@ def test_cards_that_change_places(root):
     )
 
 
+THIRD = "52:54:00:00:00:aa"
+
+
+def exchanged(root, at=0):
+    """Two cards of which the second has what was the first one's address; killed at a command, if `at` is given."""
+    client = replace(plan().client, nics={"lan0": OLD, "lan1": NEW})
+    made = plan(client=client, rename={NEW: "lan0", THIRD: "lan1"})
+    return root.cut(made, {"cards": {}}, "identity", at) if at else root.run(made, {"cards": {}}, "identity")
+
+
+@pytest.mark.parametrize("program", ["mv", "sync"])
+def test_a_card_is_exchanged_once_whatever_is_cut_off(root, program):
+    """P6-24: before the step is known to be done, and between one file and the next."""
+    files = {f"/etc/systemd/network/{name}.link": f"[Match]\nMACAddress={OLD}\n" for name in "ab"}
+    for path, text in files.items():
+        root.write(path, text)
+    when = {"mv": "*identity-*.steps", "sync": "*/.b.link.rewind-new"}[program]
+    root.program(program, f'case "$*" in {when}) kill -KILL $PPID ;; esac; exec /bin/{program} "$@"', "bash")
+    exchanged(root, 1 << 20)
+    assert NEW in root.read("/etc/systemd/network/a.link")
+    root.program(program, f'[ {program} = sync ] || exec /bin/{program} "$@"')
+    done = exchanged(root)
+    assert f"cards: these find the new cards: {' '.join(files)}" in done.report, done
+    for path, text in files.items():
+        assert root.read(path) == text.replace(OLD, NEW), done
+
+
+def test_files_that_netplan_does_not_take_are_as_before(root):
+    """P6-24: in each start anew, also when another step has changed them in between."""
+    text = f"network:\n  ethernets:\n    lan0:\n      match:\n        macaddress: '{OLD}'\n"
+    root.write("/etc/netplan/a.yaml", text)
+    root.program("netplan", f"! grep -q {NEW} /etc/netplan/a.yaml || {{ echo no >&2; exit 1; }}")
+    for now in (text, text + "      dhcp4: true\n"):
+        root.write("/etc/netplan/a.yaml", now)
+        done = exchanged(root)
+        assert done.code == 1 and "netplan does not take its files; the files are as before" in done.report[1], done
+        assert root.read("/etc/netplan/a.yaml") == now
+    root.program("netplan", "")
+    assert exchanged(root).code == 0 and root.read("/etc/netplan/a.yaml") == now.replace(OLD, NEW)
+
+
 def test_networkd_and_networkmanager_ask_and_have_their_own_hardware(root):
     """P6-24: fixed addresses go, and those that another machine's cards were given."""
     for path, text in FILES.items():

@@ -3,8 +3,29 @@
 # RW_MACS: words OLD=NEW. Only where a file *finds* a card by its address: an address that a file gives to a card is
 # something else, and a matter of identity. Before any of the programs reads its files, but netplan's generator: it runs
 # again.
+#
+# What is the new address of one card may be the old one of another: a file that is exchanged twice is wrong. So each is
+# exchanged from its original, which is kept once for this image, and a start that was cut off is gone on with.
 [ -n "$RW_MACS" ] || nothing "no card is known by its address"
 changed=
+first=$RW_STATE/before/cards-$RW_IMAGE
+
+original() {
+    [ ! -e "$first$1" ] || return 0
+    mkdir -p "$first${1%/*}" && cp -p "$1" "$first.new" && sync "$first.new" && mv "$first.new" "$first$1" &&
+        sync "$first$1"
+}
+
+# The files are as before, and their originals go: other steps may change them before this one is tried again.
+back() {
+    find "$first" -type f 2>/dev/null | while IFS= read -r old; do
+        [ ! -f "${old#"$first"}" ] || replace "${old#"$first"}" <"$old" || exit 1
+    done || fail "$1; the files were to be as before, and are not: $first has them"
+    sync
+    rm -rf "$first"
+    case $changed in *.yaml*) netplan_again ;; esac
+    fail "$1; the files are as before"
+}
 
 # netplan: `macaddress` below `match`. networkd and udev: [Match] of a .network, .link or .netdev. NetworkManager:
 # mac-address, which is not cloned-mac-address. ifcfg: HWADDR. udev's old rules: ATTR{address}==.
@@ -52,11 +73,19 @@ for file in /etc/netplan/*.yaml /etc/systemd/network/*.network /etc/systemd/netw
         *.rules) kind=udev ;;
         *) kind=keyfile ;;
     esac
-    exchange "$file" "$kind" >"$RW_HERE/exchanged" || fail "$file cannot be read"
-    cmp -s "$file" "$RW_HERE/exchanged" && continue
-    replace "$file" <"$RW_HERE/exchanged" || fail "$file cannot be written"
+    from=$file
+    [ ! -e "$first$file" ] || from=$first$file
+    exchange "$from" "$kind" >"$RW_HERE/exchanged" || back "$file cannot be read"
+    cmp -s "$from" "$RW_HERE/exchanged" && continue
+    original "$file" || back "$file cannot be kept"
+    if cmp -s "$file" "$first$file"; then
+        replace "$file" <"$RW_HERE/exchanged" || back "$file cannot be written"
+    elif ! cmp -s "$file" "$RW_HERE/exchanged"; then
+        say "$file has changed since a start that was cut off, and stays"
+        continue
+    fi
     changed="$changed $file"
 done
 [ -n "$changed" ] || nothing "no file finds a card by its old address"
-case $changed in *.yaml*) netplan_again || fail "netplan does not take its files" ;; esac
+case $changed in *.yaml*) netplan_again || back "netplan does not take its files" ;; esac
 say "these find the new cards:$changed"
