@@ -7,7 +7,8 @@
 
 Nothing is written before the hand-over, and nothing by us: the client's own programs work on its own disk. The runner
 (`run.sh`) and what all steps may use (`lib.sh`) come along. Steps are done once for an image, in two phases: `identity`
-before services start, `settle` when the system is up.
+before services start, `settle` when the system is up. What has failed is tried again at the next start from the image,
+and so is what `settle` had to leave: a package that the client lacks may have been installed by then.
 
 The power may go at any moment. So at each moment the boot volume starts the client, which needs its partition table and
 root only, and what the disk starts by itself with is whole: a file is written beside the old one and renamed, and what

@@ -1,8 +1,8 @@
 """What a client has not got for the steps that are chosen, told before it is started.
 
-All is done by its own programs, and one that it lacks is left as it was: an admin who learns it from the report has
-waited for a boot, and settles another image after that. Each condition here is one of a script in `steps/`, which has
-the last word: it sees the disk and the hardware, this sees the files.
+All is done by its own programs, and what needs one that it lacks is left as it was: an admin who learns it from the
+report has waited for a boot, and needs another one after that. Each condition here is one of a script in `steps/`,
+which has the last word: it sees the disk and the hardware, this sees the files.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def lacking(plan: Plan, tree: Tree, volumes: Sequence[Volume], chosen: Collectio
         found += [f"it will not start by itself: {one}; {_STAYS}" for one in _settling(plan, tree, volumes)]
     if "grow" in chosen and not _has(tree, "sfdisk"):
         found.append("its root will not grow: the guest has no sfdisk (fdisk)")
-    if "addresses" in chosen and not any(_has(tree, one) for one in _DHCP):
-        found += [f"fixed addresses in {one} will stay: the guest has no program that asks by DHCP (isc-dhcp-client)"
-                  for one in _fixed(tree)]  # fmt: skip
     if "ssh-keys" in chosen and not _has(tree, "ssh-keygen") and _host_keys(tree):
         found.append("it will keep its SSH host keys: the guest has no ssh-keygen (openssh-client)")
     if found:
-        found.append("what the guest lacks has to be in the point: an image settles once")
+        found.append("a package can be installed once the guest runs: each start from the boot medium tries again")
+    if "addresses" in chosen and not any(_has(tree, one) for one in _DHCP):
+        found += [f"fixed addresses in {one} will stay: the guest has no program that asks by DHCP (isc-dhcp-client), "
+                  "which has to be in the point" for one in _fixed(tree)]  # fmt: skip
     return tuple(found)
 
 

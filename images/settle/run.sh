@@ -15,6 +15,8 @@ done_mark=$RW_STATE/$phase-$RW_IMAGE
 
 if [ -e "$done_mark" ]; then
     say "done before, for this image"
+    # The report of the other phase tells of this one, too.
+    [ "$phase" = settle ] || sed "/^$phase: /d" "$done_mark" >>"$RW_REPORT"
     exit 0
 fi
 if ! mkdir -p "$RW_STATE" || ! : >"$RW_STATE/.writable"; then
@@ -65,10 +67,14 @@ sync
 RW_STEP=$phase
 # The report of this phase tells of the other one, too: as long as something of that has failed it is not the last one.
 if [ "$phase" = settle ] && [ -d "$here/steps/identity" ] && [ ! -e "$RW_STATE/identity-$RW_IMAGE" ]; then failed=1; fi
-if [ "$failed" != 0 ]; then
+# What was left for want of a package is done once somebody has installed it. Not so who the machine is: addresses that
+# were left are for somebody to change, and nobody takes them away again.
+again=0
+[ "$phase" != settle ] || again=$unmoved
+if [ "$failed" != 0 ] || [ "$again" != 0 ]; then
     say "not all could be done; it is tried again at the next start from this boot volume"
     report_as "$done_mark.failed"
-    exit 1
+    exit "$failed"
 fi
 report_as "$done_mark"
 rm -f "$done_mark.steps" "$done_mark.failed"

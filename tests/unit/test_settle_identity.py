@@ -387,6 +387,17 @@ def test_files_that_netplan_does_not_take_are_as_before(root):
     assert exchanged(root).code == 0 and root.read("/etc/netplan/a.yaml") == now.replace(OLD, NEW)
 
 
+def test_addresses_that_were_left_are_somebodys_to_change(root):
+    """P6-24: whatever they are by the next start, they stay."""
+    text = "iface ens3 inet static\n  address 10.0.0.2/24\n"
+    root.write("/etc/network/interfaces", text)
+    root.hide("dhclient", "dhcpcd", "dhcpcd5", "udhcpc", "pump")
+    assert "addresses: left as it was" in root.run(plan(), {"addresses": {}}, "identity").report
+    root.program("dhclient", "")
+    again = root.run(plan(), {"addresses": {}}, "identity")
+    assert "done before" in again.report[0] and root.read("/etc/network/interfaces") == text, again
+
+
 def test_networkd_and_networkmanager_ask_and_have_their_own_hardware(root):
     """P6-24: fixed addresses go, and those that another machine's cards were given."""
     for path, text in FILES.items():

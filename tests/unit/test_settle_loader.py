@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from appliance.service.image.settling import outcomes
 from images.model import Firmware
 from tests.support import settled_disk
 from tests.support.settled_disk import BIOS_BOOT, ESP, HEAD
@@ -149,6 +150,20 @@ def test_a_client_without_grub_for_a_bios_is_named(disk):
     done = loaded(disk)
     assert "the guest has no GRUB for a BIOS (grub-pc-bin)" in done.report[0], done
     assert settled_disk.ends(disk) == before
+
+
+def test_what_was_left_for_want_of_a_package_is_done_once_it_is_there(disk):
+    """P6-19: the next start from the boot volume tries again, and tells again who the machine is."""
+    disk.hide("grub-install")
+    disk.write("/etc/hostname", "ledger\n")
+    choice = {"host-name": {"name": "twin"}, "loader": {}}
+    first = disk.run(plan(), choice, "identity", "settle")
+    assert first.code == 0 and "loader: left as it was" in first.report and "tried again" in first.report[-1], first
+    disk.program("grub-install", GRUB)
+    (left,) = disk.path("/var/lib/rewind").glob("settle-*.failed")
+    assert disk.run(plan(), choice, "identity", "settle").code == 0 and not left.exists()
+    told = {one.name: one.outcome for one in outcomes(left.with_suffix("").read_text())}
+    assert told == {"host-name": "done", "loader": "done"}
 
 
 # --- UEFI -----------------------------------------------------------------------------------------------------------

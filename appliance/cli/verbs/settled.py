@@ -56,5 +56,5 @@ def _why(found: Settled) -> str:
 
 def _hint(found: Settled) -> str:
     if found.medium is None:
-        return "attach the medium that `rewind image start` made for it"
-    return "the next start from its boot medium tries again what failed; until then it needs the medium"
+        return "attach the medium that `rewind image start` made for it: each start from it tries again"
+    return "each start from its boot medium tries again; a package that the guest lacks can be installed before"
