@@ -37,7 +37,7 @@ def settle_command(context: Context, name: str, luks_key: tuple[str, ...]) -> No
     lines.append(_upshot(found))
     context.output.emit(records.ImageSettled(found.name, found.alone, steps, found.medium), "\n".join(lines))
     if not found.alone:
-        raise NotSettled(name=name, reason=_why(found), hint=_hint(found))
+        raise NotSettled(name=name, reason=found.reason, hint=_hint(found))
 
 
 def _upshot(found: Settled) -> str:
@@ -47,14 +47,9 @@ def _upshot(found: Settled) -> str:
     return f"{found.name} has no boot medium" if found.medium is None else f"{found.medium} stays attached"
 
 
-def _why(found: Settled) -> str:
-    failed = [one.name for one in found.steps if one.outcome == "failed"]
-    if failed:
-        return f"{', '.join(failed)} failed in it"
-    return "its disk has no loader that this firmware starts"
-
-
 def _hint(found: Settled) -> str:
+    if not found.again:
+        return f"have `virsh edit {found.name}` put the disk that its loader step names first, and take the medium away"
     if found.medium is None:
         return "attach the medium that `rewind image start` made for it: each start from it tries again"
     return "each start from its boot medium tries again; a package that the guest lacks can be installed before"

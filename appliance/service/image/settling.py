@@ -41,13 +41,19 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """`alone`: its disk starts by itself, and its definition has no boot medium any more. `medium`: the file that was
-    attached before, and is still there; None for a domain that had none."""
+    """`reason` why its boot medium stays; empty when all was done, its disk starts by itself, and its definition has no
+    boot medium any more. `again`: another start from the medium may change that. `medium`: the file that was attached
+    before, and is still there; None for a domain that had none."""
 
     name: str
-    alone: bool
+    reason: str
     steps: tuple[StepDone, ...]
     medium: Path | None
+    again: bool = True
+
+    @property
+    def alone(self) -> bool:
+        return not self.reason
 
 
 def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
@@ -55,9 +61,8 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     for LUKS. May be repeated.
 
     Raises ConfigError for a name that nobody brought up, one that was started without `--settle`, and one that runs or
-    still reads from the repository; DomainNotFound for one that is gone; ImageError when it has not settled yet, or its
-    /boot lies on several disks; GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as
-    before then.
+    still reads from the repository; DomainNotFound for one that is gone; ImageError when it has not settled yet;
+    GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as before then.
     """
     found = running(session, name)
     order = hydrate.load(session.home, name)
@@ -77,17 +82,25 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     disks = {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}
     report, starts = _read(session, disks, order.settles, keys)
     steps = outcomes(report)
-    # What has failed is tried again at the next start from the medium.
-    failed = any(one.outcome == "failed" for one in steps)
-    alone = not failed and any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps)
+    reason = _reason(steps)
     medium = medium_of(domain.definition(), name, folder)
-    if alone and medium is not None:
+    if not reason and medium is not None:
         if len(starts) != 1:
-            reason = f"the disk that domain {name!r} starts from is not known: its /boot lies on {', '.join(starts)}"
-            raise ImageError(reason=reason, hint="the boot medium stays attached")
+            reason = f"which disk has its loader is not known, since its /boot lies on {', '.join(starts)}"
+            return Settled(name, reason, steps, medium, again=False)
         assert isinstance(domain, Changes), "an order is made for a libvirt domain"
         domain.change(lambda definition: without_medium(definition, name, folder, starts[0]))
-    return Settled(name, alone, steps, medium)
+    return Settled(name, reason, steps, medium)
+
+
+def _reason(steps: Sequence[StepDone]) -> str:
+    """Why the boot medium is still needed: for a start that tries again, or for each one."""
+    failed = [one.name for one in steps if one.outcome == "failed"]
+    if failed:
+        return f"{', '.join(failed)} failed in it"
+    if not any(one.name == "loader" and one.outcome in ("done", "nothing") for one in steps):
+        return "its disk has no loader that this firmware starts"
+    return ""
 
 
 def outcomes(report: str) -> tuple[StepDone, ...]:
