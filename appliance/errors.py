@@ -404,7 +404,7 @@ class NotSigned(ImageError):
 
 class NotSettled(ImageError):
     exit_code = 68
-    template = "domain {name!r} does not start from its own disk alone: {reason}"
+    template = "domain {name!r} has not settled: {reason}"
 
 
 class NotBooted(ImageError):
