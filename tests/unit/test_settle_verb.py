@@ -10,8 +10,9 @@ import pytest
 
 from appliance.cli import main
 from appliance.cli.settling import sizes_of
+from appliance.cli.verbs.settled import settle_command
 from appliance.config import Home, Settings
-from appliance.errors import ConfigError, DomainNotFound, ImageError, NoSpace
+from appliance.errors import ConfigError, DomainNotFound, ImageError, NoSpace, NotSupported
 from appliance.hypervisor.base import DomainState
 from appliance.restore import hydrate
 from appliance.service.image import settling, sizes
@@ -132,6 +133,14 @@ def test_it_starts_from_the_disk_with_the_loader(brought_up, session, system):
     assert settling.settle(session, "twin").alone
     first = ET.fromstring(host.xml).find("devices/disk/boot[@order='1']/..")
     assert first.find("target").get("dev") == system
+
+
+def test_a_definition_that_has_lost_the_disk_is_an_exit_code_of_the_verb(brought_up, session):
+    host = brought_up(REPORT)
+    host.xml = host.xml.replace('dev="sda"', 'dev="sdx"')
+    with pytest.raises(NotSupported, match="has no disk 'sda' to start from"):
+        settling.settle(session, "twin")
+    assert NotSupported in settle_command.exit_classes
 
 
 def test_a_system_on_several_disks_keeps_its_medium(brought_up, session, monkeypatch):

@@ -9,7 +9,15 @@ import click
 from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.secrets import luks_keys, luks_option
-from appliance.errors import ConfigError, ConnectError, DomainNotFound, GuestUnreadable, ImageError, NotSettled
+from appliance.errors import (
+    ConfigError,
+    ConnectError,
+    DomainNotFound,
+    GuestUnreadable,
+    ImageError,
+    NotSettled,
+    NotSupported,
+)
 
 if TYPE_CHECKING:
     from appliance.service.image.settling import Settled
@@ -19,7 +27,7 @@ __all__ = ["settle_command"]
 _WORDS = {"done": "done", "nothing": "nothing to do", "left": "left as it was", "failed": "FAILED"}
 
 
-@verb("settle", ConnectError, ConfigError, DomainNotFound, GuestUnreadable, ImageError, NotSettled)
+@verb("settle", ConnectError, ConfigError, DomainNotFound, GuestUnreadable, ImageError, NotSettled, NotSupported)
 @click.argument("name")
 @luks_option
 def settle_command(context: Context, name: str, luks_key: tuple[str, ...]) -> None:

@@ -62,7 +62,8 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
 
     Raises ConfigError for a name that nobody brought up, one that was started without `--settle`, and one that runs or
     still reads from the repository; DomainNotFound for one that is gone; ImageError when it has not settled yet;
-    GuestUnreadable when its disk cannot be read; HypervisorError. Its definition is as before then.
+    GuestUnreadable when its disk cannot be read; NotSupported when its definition has no such disk; HypervisorError.
+    Its definition is as before then.
     """
     found = running(session, name)
     order = hydrate.load(session.home, name)
