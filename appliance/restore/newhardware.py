@@ -16,7 +16,7 @@ from pathlib import Path
 
 from appliance.errors import NotSupported
 
-__all__ = ["NewDisk", "for_hardware", "macs", "medium_of", "wanted_disks", "without_medium"]
+__all__ = ["NewDisk", "for_hardware", "has_drive", "has_medium", "macs", "wanted_disks", "without_medium"]
 
 _OF_A_RUN = ("uuid", "seclabel", "resource", "os/nvram")
 _LINES = ("serial", "console", "parallel", "channel")
@@ -87,30 +87,51 @@ def for_hardware(
     return ET.tostring(root, encoding="unicode")
 
 
-def medium_of(xml: str, name: str, folder: Path) -> Path | None:
-    """The file of the CD of `for_hardware`, which is in `folder`; None for a definition that has no such CD. Raises
-    NotSupported when it is no definition."""
-    return next((source for _, source in _media(_parse(xml, name), folder)), None)
+def has_drive(xml: str, name: str, medium: Path) -> bool:
+    """Whether the definition has the CD drive of `for_hardware`, with its medium or without. Raises NotSupported when
+    it is no definition."""
+    return bool(_drives(_parse(xml, name), medium))
 
 
-def without_medium(xml: str, name: str, folder: Path, start: str) -> str:
-    """The definition without that CD; it starts from its disk `start` then, the first of all. Raises NotSupported when
-    it is no definition, and when it has no such disk."""
+def has_medium(xml: str, name: str, medium: Path) -> bool:
+    """Whether that drive has its medium. Raises NotSupported when it is no definition."""
+    return any(_source(one) for one in _drives(_parse(xml, name), medium))
+
+
+def without_medium(xml: str, name: str, medium: Path, start: str) -> str:
+    """The definition without that drive; it starts from its disk `start` then, the first of all. It is the same when
+    that is so. Raises NotSupported when it is no definition, and when it has no such disk."""
     root = _parse(xml, name)
     devices = root.find("devices")
     assert devices is not None, "_parse has seen it"
     first = next((one for one in _hard_disks(root) if _target(one) == start), None)
     if first is None:
         raise NotSupported(object=f"domain {name!r}", reason=f"its definition has no disk {start!r} to start from")
-    for disk, _ in _media(root, folder):
-        devices.remove(disk)
-    _child(first, "boot").set("order", "1")
+    drives = _drives(root, medium)
+    ordered = [one for one in devices if one.find("boot") is not None]
+    if not drives and (first in ordered or not ordered):
+        return xml
+    for drive in drives:
+        devices.remove(drive)
+    rest = sorted((one for one in ordered if one not in (first, *drives)), key=_order)
+    for number, one in enumerate((first, *rest), 1):
+        _child(one, "boot").set("order", str(number))
     return ET.tostring(root, encoding="unicode")
 
 
-def _media(root: ET.Element, folder: Path) -> list[tuple[ET.Element, Path]]:
-    disks = [(one, Path(_get(one, "source", "file") or "/")) for one in root.findall("devices/disk")]
-    return [(one, source) for one, source in disks if one.get("device") == "cdrom" and source.parent == folder]
+def _drives(root: ET.Element, medium: Path) -> list[ET.Element]:
+    """Of an ejected medium nothing is left in the definition but that its drive is the first to start from."""
+    found = [one for one in root.findall("devices/disk") if one.get("device") == "cdrom"]
+    return [one for one in found if _source(one) == str(medium) or (not _source(one) and _order(one) == 1)]
+
+
+def _source(disk: ET.Element) -> str:
+    return _get(disk, "source", "file")
+
+
+def _order(device: ET.Element) -> int:
+    order = _get(device, "boot", "order")
+    return int(order) if order.isdecimal() else 0
 
 
 def _parse(xml: str, name: str) -> ET.Element:

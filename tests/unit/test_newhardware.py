@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import NotSupported
-from appliance.restore.newhardware import NewDisk, for_hardware, macs, medium_of, wanted_disks, without_medium
+from appliance.restore.newhardware import (
+    NewDisk,
+    for_hardware,
+    has_drive,
+    has_medium,
+    macs,
+    wanted_disks,
+    without_medium,
+)
 
 XML = """<domain type="kvm" id="7"><name>spare</name><uuid>0ad6c641-c9ed-4eb8-8756-6f488ee35fd8</uuid>
 <os><type machine="{machine}">hvm</type><nvram>/var/spare.fd</nvram><boot dev="hd"/></os><devices>
@@ -120,19 +128,39 @@ def test_what_is_no_domain_is_refused(xml):
         wanted_disks(xml, 1, "twin")
 
 
-def test_the_medium_goes_when_it_is_needed_no_more():
-    """P6-19: the disk with the loader is the first to start from then; another CD stays, and a second time there is
-    nothing to take."""
+def orders(xml):
+    """(target or device, order) of what a definition starts from, the first one first."""
+    found = [one for one in ET.fromstring(xml).find("devices") if one.find("boot") is not None]
+    names = {int(one.find("boot").get("order")): one.find("target").get("dev") for one in found}
+    assert len(names) == len(found)
+    return [names[order] for order in sorted(names)]
+
+
+@pytest.mark.parametrize("ejected", [False, True])
+@pytest.mark.parametrize(("start", "wanted"), [("sda", ["sda"]), ("sdc", ["sdc", "sda"])])
+def test_the_medium_goes_when_it_is_needed_no_more(ejected, start, wanted):
+    """P6-19: the disk with the loader is the first to start from then, also where somebody has ejected the medium.
+    Other CDs stay, one from the medium's folder, too, and a second time there is nothing to take."""
     disks = {name: NewDisk(Path(f"/new/{name}.qcow2"), "vda") for name in ("sda", "sdc")}
     text = ET.tostring(made(disks=disks), encoding="unicode")
-    assert medium_of(text, "twin", MEDIUM.parent) == MEDIUM
-    for start in disks:
-        found = without_medium(text, "twin", MEDIUM.parent, start)
-        root = ET.fromstring(found)
-        orders = {one.find("boot").get("order"): one for one in root.findall("devices/disk[boot]")}
-        assert orders["1"].find("target").get("dev") == start and str(MEDIUM) not in found
-        assert len(root.findall("devices/disk[@device='cdrom']")) == 1
-        assert medium_of(found, "twin", MEDIUM.parent) is None
-    assert medium_of(text, "twin", Path("/elsewhere")) is None
+    drivers = f'<disk device="cdrom"><source file="{MEDIUM.parent}/drivers.iso"/><target dev="sdx"/></disk>'
+    text = text.replace("</devices>", f"{drivers}</devices>")
+    if ejected:
+        text = text.replace(f'<source file="{MEDIUM}" />', "")
+    assert has_drive(text, "twin", MEDIUM) and has_medium(text, "twin", MEDIUM) is not ejected
+    found = without_medium(text, "twin", MEDIUM, start)
+    assert orders(found) == wanted and str(MEDIUM) not in found and "drivers.iso" in found
+    assert len(ET.fromstring(found).findall("devices/disk[@device='cdrom']")) == 2
+    assert not has_drive(found, "twin", MEDIUM) and without_medium(found, "twin", MEDIUM, start) == found
+    assert not has_medium(text, "twin", Path("/elsewhere/rewind.iso"))
     with pytest.raises(NotSupported, match="has no disk 'sdx' to start from"):
-        without_medium(text, "twin", MEDIUM.parent, "sdx")
+        without_medium(text, "twin", MEDIUM, "sdx")
+
+
+def test_a_disk_with_the_loader_starts_first_also_without_the_drive():
+    """P6-19: what somebody else has put into the order comes behind it; a machine without any is left alone."""
+    card = '<interface type="user"><target dev="net0"/><boot order="{}"/></interface>'
+    text = '<domain><devices><disk device="disk"><target dev="sda"/></disk>{}</devices></domain>'
+    for more, wanted in ((card.format(1), ["sda", "net0"]), (card.format(4), ["sda", "net0"]), ("", [])):
+        found = without_medium(text.format(more), "twin", MEDIUM, "sda")
+        assert orders(found) == wanted

@@ -3,6 +3,7 @@ tests/integration/test_image_settle.py."""
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -124,6 +125,16 @@ def test_the_medium_is_taken_when_the_disk_starts_by_itself(brought_up, session)
     assert found.alone and found.medium.name == "rewind.iso" and "rewind.iso" not in host.xml
     again = settling.settle(session, "twin")
     assert again.alone and again.steps == found.steps and again.medium is None
+
+
+def test_a_medium_that_somebody_ejected_is_not_started_from(brought_up, session):
+    """P6-19: the disk with the loader may have no place in the order."""
+    host = brought_up(REPORT, system="sdb")
+    host.xml = re.sub('<source file="[^"]*rewind.iso"/>', "", host.xml)
+    found = settling.settle(session, "twin")
+    assert found.alone and found.medium is None and "cdrom" not in host.xml
+    first = ET.fromstring(host.xml).find("devices/disk/boot[@order='1']/..")
+    assert first.find("target").get("dev") == "sdb"
 
 
 @pytest.mark.parametrize("system", ["sda", "sdb"])

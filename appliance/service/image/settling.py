@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.errors import ConfigError, DomainNotFound, ImageError
-from appliance.hypervisor.base import Changes, DomainState
+from appliance.hypervisor.base import Changes, Domain, DomainState
 from appliance.restore import hydrate
-from appliance.restore.newhardware import medium_of, without_medium
+from appliance.restore.newhardware import has_drive, has_medium, without_medium
 from appliance.service.image import readers
 from appliance.service.image.starting import running
 from appliance.service.session import Session
 from images.guest import open_guest
 from images.guest.texts import printable
+from images.media import iso
 from images.settle.choice import REPORTS
 
 __all__ = ["Settled", "StepDone", "outcomes", "settle"]
 
 _MOST = 1 << 16
 _FORMAT = "qcow2"
+# As the builder of images names the CD that `starting` asks for.
+_MEDIUM = f"rewind{iso.MEDIUM.suffix}"
 _OUTCOMES = {"done": "done", "nothing to do": "nothing", "left as it was": "left"}
 
 
@@ -83,15 +86,24 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     disks = {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}
     report, starts = _read(session, disks, order.settles, keys)
     steps = outcomes(report)
-    reason = _reason(steps)
-    medium = medium_of(domain.definition(), name, folder)
-    if not reason and medium is not None:
-        if len(starts) != 1:
-            reason = f"which disk has its loader is not known, since its /boot lies on {', '.join(starts)}"
-            return Settled(name, reason, steps, medium, again=False)
+    reason, medium = _reason(steps), folder / _MEDIUM
+    attached = medium if has_medium(domain.definition(), name, medium) else None
+    if not reason and not _from_its_disk(domain, name, medium, starts):
+        reason = f"which disk has its loader is not known, since its /boot lies on {', '.join(starts)}"
+        return Settled(name, reason, steps, attached, again=False)
+    return Settled(name, reason, steps, attached)
+
+
+def _from_its_disk(domain: Domain, name: str, medium: Path, starts: Sequence[str]) -> bool:
+    """Have it start from the disk with its loader, and without the medium. False when that is one of several, and who
+    knows which has not seen to it."""
+    definition = domain.definition()
+    if len(starts) != 1:
+        return not has_drive(definition, name, medium)
+    if without_medium(definition, name, medium, starts[0]) != definition:
         assert isinstance(domain, Changes), "an order is made for a libvirt domain"
-        domain.change(lambda definition: without_medium(definition, name, folder, starts[0]))
-    return Settled(name, reason, steps, medium)
+        domain.change(lambda text: without_medium(text, name, medium, starts[0]))
+    return True
 
 
 def _reason(steps: Sequence[StepDone]) -> str:
