@@ -38,6 +38,11 @@ keep() {
 report_as() { cp "$RW_REPORT" "$done_mark.new" && sync "$done_mark.new" && mv "$done_mark.new" "$1" && sync; }
 
 for script in "$here/steps/$phase"/*; do
+    if [ -n "$stopped" ]; then
+        RW_STEP=$phase
+        say "the system goes down; the next start from this boot volume goes on"
+        exit 1
+    fi
     RW_STEP=${script##*/[0-9][0-9]-} ran=$((ran + 1))
     # A start that was cut off has done some of them: keys, for one, do not change a second time. What they came to is
     # told again, since the report of that start is gone.
@@ -58,10 +63,6 @@ for script in "$here/steps/$phase"/*; do
     case $code in 0 | 3) ;; *) echo "$RW_STEP" >>"$here/undone" ;; esac
     sync
     case $code in 0 | 3) keep ;; esac
-    if [ -n "$stopped" ]; then
-        say "the system goes down; the next start from this boot volume goes on"
-        exit 1
-    fi
 done
 sync
 RW_STEP=$phase

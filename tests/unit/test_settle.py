@@ -154,6 +154,20 @@ def test_a_shutdown_waits_for_the_step_that_runs(root):
     assert done.code == 0 and "addresses: nothing to do" in done.report, done
 
 
+def test_a_shutdown_is_seen_where_a_step_was_done_before(root):
+    """The next step would begin, and have to be waited for."""
+    root.write("/etc/ssh/ssh_host_ed25519_key", "old")
+    choice = {"host-name": {"name": "twin"}, "ssh-keys": {}}
+    root.program("ssh-keygen", "kill -KILL -1")
+    root.cut(plan(), choice, "identity", 1 << 20)
+    root.program("ssh-keygen", "echo x >/begun")
+    # The runner's own, and no one's else: it looks for what is done.
+    root.program("grep", 'case "$*" in -Eqsx*host-name*) kill -TERM $PPID ;; esac; exec /bin/grep "$@"')
+    done = root.run(plan(), choice, "identity")
+    assert done.code == 1 and "the system goes down" in done.report[-1], done
+    assert not root.path("/begun").exists()
+
+
 def test_what_is_said_reaches_the_console(root):
     root.write("/etc/hostname", "ledger\n")
     done = root.run(plan(), {"host-name": {"name": "twin"}}, "identity")
