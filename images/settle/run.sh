@@ -24,14 +24,15 @@ if ! mkdir -p "$RW_STATE" || ! : >"$RW_STATE/.writable"; then
     exit 1
 fi
 rm -f "$RW_STATE/.writable"
-failed=0 ran=0 unmoved=0
+failed=0 ran=0 unmoved=0 unkept=''
 # A shutdown waits for the step that runs (`TimeoutStopSec`): a shell looks at a signal when its program has ended.
 stopped=
 trap 'stopped=1' TERM
 
 # The step's lines of the report, whole or not at all.
 keep() {
-    { cat "$done_mark.steps" 2>/dev/null; grep "^$RW_STEP: " "$RW_REPORT"; } >"$done_mark.steps.new" &&
+    { [ ! -e "$done_mark.steps" ] || cat "$done_mark.steps"; } >"$done_mark.steps.new" &&
+        grep "^$RW_STEP: " "$RW_REPORT" >>"$done_mark.steps.new" &&
         sync "$done_mark.steps.new" && mv "$done_mark.steps.new" "$done_mark.steps" && sync "$done_mark.steps"
 }
 
@@ -62,10 +63,14 @@ for script in "$here/steps/$phase"/*; do
     esac
     case $code in 0 | 3) ;; *) echo "$RW_STEP" >>"$here/undone" ;; esac
     sync
-    case $code in 0 | 3) keep ;; esac
+    case $code in 0 | 3) keep || unkept="$unkept $RW_STEP" ;; esac
 done
 sync
 RW_STEP=$phase
+if [ -n "$unkept" ]; then
+    say "$RW_STATE cannot be written, so these begin anew at the next start:$unkept"
+    failed=1
+fi
 # The report of this phase tells of the other one, too: as long as something of that has failed it is not the last one.
 if [ "$phase" = settle ] && [ -d "$here/steps/identity" ] && [ ! -e "$RW_STATE/identity-$RW_IMAGE" ]; then failed=1; fi
 # What was left for want of a package is done once somebody has installed it. Not so who the machine is: addresses that
@@ -77,7 +82,10 @@ if [ "$failed" != 0 ] || [ "$again" != 0 ]; then
     report_as "$done_mark.failed"
     exit "$failed"
 fi
-report_as "$done_mark"
+if ! report_as "$done_mark"; then
+    say "not all could be done: $done_mark cannot be written; it is tried again at the next start from this boot volume"
+    exit 1
+fi
 rm -f "$done_mark.steps" "$done_mark.failed"
 sync
 rest='; the others left things as they were'

@@ -140,6 +140,23 @@ def test_a_step_of_a_start_that_was_cut_off_is_told_again(root):
     assert [outcomes(path.read_text()) for path in again] == [(told,)]
 
 
+@pytest.mark.parametrize(("program", "what"), [("mv", "*.steps"), ("cat", "*.steps"), ("cp", "*/report*")])
+def test_what_cannot_be_kept_is_not_taken_for_done(root, program, what):
+    """A full disk: the report is all that `rewind image settle` has, and the next start goes by what is kept."""
+    made = "$3/etc/ssh/ssh_host_rsa_key"
+    root.program("ssh-keygen", f"mkdir -p $3/etc/ssh; echo new >{made}; echo new >{made}.pub")
+    root.write("/etc/ssh/ssh_host_rsa_key", "old")
+    choice = {"ssh-keys": {}, "addresses": {}, "cards": {}}
+    root.program(program, f'case "$*" in {what}) echo full >&2; exit 1 ;; esac; exec /bin/{program} "$@"')
+    done = root.run(plan(), choice, "identity")
+    assert done.code == 1 and "cannot be written" in "\n".join(done.report), done
+    assert "tried again" in done.report[-1] and "identity: done" not in done.report
+    (root.path("/usr/local/sbin") / program).unlink()
+    again = root.run(plan(), choice, "identity")
+    assert again.code == 0 and again.report.count("ssh-keys: done") == 1, again
+    assert len(list(root.path("/var/lib/rewind").glob("identity-*"))) == 1
+
+
 def test_a_shutdown_waits_for_the_step_that_runs(root):
     """And no other one begins; systemd sends its signal to the runner alone (`KillMode=mixed`)."""
     root.write("/etc/ssh/ssh_host_ed25519_key", "old")
