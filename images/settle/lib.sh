@@ -25,20 +25,21 @@ try() {
 
 has() { command -v "$1" >/dev/null 2>&1; }
 
-# A copy of a file before it is changed for the first time, in the client's own /var/lib/rewind/before.
+# A copy of a file before it is changed for the first time, in the client's own /var/lib/rewind/before: whole, and on the
+# disk before the change is.
 save() {
-    [ -e "$1" ] || return 0
-    [ ! -e "$RW_STATE/before$1" ] || return 0
-    mkdir -p "$RW_STATE/before${1%/*}" && cp -a "$1" "$RW_STATE/before$1"
+    saved=$RW_STATE/before$1
+    [ -e "$1" ] && [ ! -e "$saved" ] || return 0
+    mkdir -p "${saved%/*}" && cp -a "$1" "$saved.new" && sync "$saved.new" && mv "$saved.new" "$saved" && sync "$saved"
 }
 
-# Puts new content, the standard input, in the place of a file, in one moment and with the old one's owner and mode. What
-# a power cut leaves has a name that no program reads beside the others.
+# Puts new content, the standard input, in the place of a file (of the one that a link leads to), in one moment and with
+# the old one's owner and mode. What a power cut leaves has a name that no program reads beside the others.
 replace() {
-    save "$1" || return 1
-    fresh=${1%/*}/.${1##*/}.rewind-new
-    [ ! -e "$1" ] || cp -a "$1" "$fresh" || return 1
-    cat >"$fresh" && sync "$fresh" && mv "$fresh" "$1"
+    place=$(readlink -f "$1") && save "$place" || return 1
+    fresh=${place%/*}/.${place##*/}.rewind-new
+    [ ! -e "$place" ] || cp -a "$place" "$fresh" || return 1
+    cat >"$fresh" && sync "$fresh" && mv "$fresh" "$place"
 }
 
 # The disks (sda nvme0n1) below what is mounted at $1, through all layers.

@@ -71,6 +71,33 @@ def test_what_is_kept_is_told(root):
     assert "hardware addresses that these files give them: /etc/network/interfaces" in report
 
 
+# --- files that are replaced ----------------------------------------------------------------------------------------
+
+
+def test_the_copy_of_a_file_is_whole(root):
+    """P6-18: one that was cut off is made again, as long as the file is the old one."""
+    root.write("/etc/hostname", "ledger\n")
+    cut = ': >"${!#}"; kill -KILL -1'
+    root.program("cp", f'case "$*" in */before/etc/hostname*) {cut} ;; esac; exec /bin/cp "$@"', "bash")
+    root.cut(plan(), {"host-name": {"name": "twin"}}, "identity", 1 << 20)
+    assert root.read("/etc/hostname") == "ledger\n"
+    root.path("/usr/local/sbin/cp").unlink()
+    assert root.run(plan(), {"host-name": {"name": "twin"}}, "identity").code == 0
+    assert (root.read("/etc/hostname"), root.read("/var/lib/rewind/before/etc/hostname")) == ("twin\n", "ledger\n")
+
+
+def test_a_link_leads_to_the_file_that_is_replaced(root):
+    """P6-18: written through the link it would be half a file for a moment, and no copy of it was kept."""
+    root.write("/srv/hostname", "ledger\n", 0o640)
+    root.link("/etc/hostname", "/srv/hostname")
+    old = root.path("/srv/hostname").stat().st_ino
+    assert root.run(plan(), {"host-name": {"name": "twin"}}, "identity").code == 0
+    assert root.path("/etc/hostname").is_symlink() and root.read("/srv/hostname") == "twin\n"
+    now = root.path("/srv/hostname").stat()
+    assert now.st_ino != old and stat.S_IMODE(now.st_mode) == 0o640
+    assert root.read("/var/lib/rewind/before/srv/hostname") == "ledger\n"
+
+
 # --- host name, machine id, keys ------------------------------------------------------------------------------------
 
 
