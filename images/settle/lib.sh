@@ -42,6 +42,9 @@ replace() {
     cat >"$fresh" && sync "$fresh" && mv "$fresh" "$place"
 }
 
+# The partition table of /dev/$1 as a file $2 that sfdisk takes back.
+keep_table() { sfdisk -d "/dev/$1" >"$2.new" && sync "$2.new" && mv "$2.new" "$2" && sync "$2"; }
+
 # The disks (sda nvme0n1) below what is mounted at $1, through all layers.
 disks_below() {
     source=$(findmnt -nvo SOURCE --target "$1") || return 1

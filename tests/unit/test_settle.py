@@ -322,6 +322,20 @@ def test_a_table_that_the_kernel_does_not_take_is_put_back(larger):
     assert not larger.path("/calls").exists()
 
 
+@pytest.mark.parametrize("program", ["resize2fs", "sfdisk"])
+def test_the_table_that_is_kept_is_the_one_before(larger, program):
+    """P6-18: whatever start is cut off, after the table was written or while it is kept."""
+    before = larger.inside("sfdisk", "-d", "/dev/sda")
+    when = '[ "$1" != -d ] || ' if program == "sfdisk" else ""
+    larger.program(program, f'{when}{{ echo half; kill -KILL -1; }}; exec /sbin/{program} "$@"')
+    larger.cut(plan(), {"grow": {}}, "settle", 1 << 20)
+    kept = larger.path("/var/lib/rewind/before/sda.grow")
+    assert kept.exists() == (program == "resize2fs")
+    larger.path(f"/usr/local/sbin/{program}").unlink()
+    larger.program("resize2fs", "")
+    assert grown(larger).code == 0 and kept.read_text() == before
+
+
 def test_a_volume_takes_what_has_come_to_its_group(larger):
     """P6-18: a start that was cut off while LVM was asked has left nothing that the next one takes for an answer."""
     lsblk = larger.read("/usr/local/sbin/lsblk").replace("TYPE*) echo sda1", "TYPE*) echo vg-root lvm; echo sda1")

@@ -28,8 +28,7 @@ room=$((limit - before))
 growing=$RW_STATE/before/$disk.growing
 # Less than 16 MiB are the rest of an alignment.
 [ "$room" -ge 32768 ] || [ -e "$growing" ] || nothing "there is no room behind /dev/$partition"
-mkdir -p "$RW_STATE/before" && sfdisk -d "/dev/$disk" >"$RW_STATE/before/$disk.grow" ||
-    fail "the partition table of /dev/$disk cannot be kept"
+mkdir -p "$RW_STATE/before" || fail "$RW_STATE/before cannot be made"
 
 table_back() {
     sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$RW_STATE/before/$disk.grow" >/dev/null 2>&1 ||
@@ -42,6 +41,8 @@ table_back() {
 free_extents() { lvs --noheadings -o vg_free_count "$source" | tr -d ' '; }
 
 if [ "$room" -ge 32768 ]; then
+    # A start that only goes on finds no room any more: what is kept stays the table as it was.
+    keep_table "$disk" "$RW_STATE/before/$disk.grow" || fail "the partition table of /dev/$disk cannot be kept"
     [ -e "$growing" ] || {
         case $kinds in lvm*) free_extents ;; *) echo 0 ;; esac >"$growing.new" && [ -s "$growing.new" ] &&
             sync "$growing.new" && mv "$growing.new" "$growing" && sync "$growing"

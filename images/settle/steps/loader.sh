@@ -22,11 +22,6 @@ mkdir -p "$RW_STATE/before" || fail "$RW_STATE/before cannot be made"
 
 # --- the partition table --------------------------------------------------------------------------------------------
 
-keep_table() {
-    sfdisk -d "/dev/$disk" >"$before.table" && sync "$before.table" ||
-        fail "the partition table of /dev/$disk cannot be kept"
-}
-
 table_back() {
     sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$before.table" >/dev/null 2>&1 ||
         fail "the partition table of /dev/$disk was to be as before, and is not: $before.table has it"
@@ -103,7 +98,7 @@ has_bios_partition() {
 new_bios_partition() {
     has sfdisk || stays "/dev/$disk has no BIOS boot partition, and the guest no sfdisk (fdisk) to make one with"
     has_common_sectors || stays "/dev/$disk has no BIOS boot partition, and its sectors are not of 512 bytes"
-    keep_table
+    keep_table "$disk" "$before.table" || fail "the partition table of /dev/$disk cannot be kept"
     sectors=$(gap)
     if [ "${sectors:-0}" -ge 1024 ]; then
         start=34 size=$((sectors - 34))
@@ -309,7 +304,7 @@ new_esp() {
     has_common_sectors || stays "/dev/$disk has no EFI system partition, and its sectors are not of 512 bytes"
     # 65 MiB: 64, and what is lost by beginning at a whole one.
     room 133120 || stays "/dev/$disk has no EFI system partition and no room for one"
-    keep_table
+    keep_table "$disk" "$before.table" || fail "the partition table of /dev/$disk cannot be kept"
     old=$(lsblk -nrpo NAME,TYPE "/dev/$disk" | awk '$2 == "part" { print $1 }')
     [ "$table" != gpt ] || try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
     room 133120 || table_back
