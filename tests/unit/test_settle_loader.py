@@ -283,6 +283,25 @@ def test_another_systems_fallback_stays(uefi):
     assert uefi.read("/boot/efi/EFI/BOOT/BOOTX64.EFI") == "windows"
 
 
+def test_what_was_cut_off_on_a_bios_is_nothing_to_uefi(uefi):
+    """P6-19: an image starts on both. Another system's loader would be taken for what is left of our own."""
+    uefi.write("/boot/efi/EFI/BOOT/BOOTX64.EFI", "windows")
+    uefi.program("lsblk", uefi.read("/usr/local/sbin/lsblk").partition("\n")[2].replace("echo gpt", "echo dos"))
+    uefi.hide("efibootmgr")
+    efi = uefi.path("/sys/firmware/efi")
+    efi.rename(efi.with_name("none"))
+    uefi.program("grub-install", "kill -KILL -1")
+    uefi.cut(plan(), {"loader": {}}, "settle", 1 << 20)
+    efi.with_name("none").rename(efi)
+    uefi.program("grub-install", "")
+    done = loaded(uefi, Firmware.UEFI)
+    assert "loader: left as it was" in done.report, done
+    assert uefi.read("/boot/efi/EFI/BOOT/BOOTX64.EFI") == "windows"
+    efi.rename(efi.with_name("none"))
+    uefi.program("grub-install", GRUB)
+    assert "loader: done" in loaded(uefi).report and uefi.path("/calls").exists()
+
+
 def without_an_esp(root, label, mib=96):
     settled_disk.table(root, f"label: {label}\nstart=2048, size=20480\n", mib)
     root.write("/usr/lib/grub/x86_64-efi/modinfo.sh", "")

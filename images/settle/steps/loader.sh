@@ -56,10 +56,11 @@ gap() {
 
 grub_in_front() { dd if="/dev/$disk" bs=440 count=1 2>/dev/null | grep -aq GRUB; }
 
-# While this is there GRUB's files may be half written. A start that was cut off then finds it.
-under_way() { [ -e "$before.grub" ]; }
-begin() { : >"$before.grub" && sync "$before.grub" "${before%/*}" || fail "$before.grub cannot be written"; }
-end() { sync && rm -f "$before.grub"; }
+# While this is there GRUB's files for this firmware may be half written. A start that was cut off then finds it.
+mark=$before.grub-$firmware
+under_way() { [ -e "$mark" ]; }
+begin() { : >"$mark" && sync "$mark" "${mark%/*}" || fail "$mark cannot be written"; }
+end() { sync && rm -f "$mark"; }
 
 bios() {
     if ! under_way && grub_in_front; then nothing "/dev/$disk has GRUB in its first sector: it starts by itself"; fi
