@@ -2,6 +2,7 @@
 
     Blocks     the protocol: a size, and reads inside it
     Cached     pages of 64 KiB kept in memory, which is the size of a chunk in the repository
+    Called     what a function gives
     Linear     pieces of other Blocks, one behind the other: a partition, a logical volume
 
 Nothing here can write. A read that goes beyond the end is the guest's doing (a length in a hostile superblock), so it
@@ -12,13 +13,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from appliance.errors import GuestUnreadable
 
-__all__ = ["Blocks", "Cached", "Linear", "Piece", "Window"]
+__all__ = ["Blocks", "Cached", "Called", "Linear", "Piece", "Window"]
 
 _PAGE = 64 << 10
 _PAGES = 1024  # 64 MiB
@@ -63,6 +64,22 @@ class Cached:
                 self._pages.popitem(last=False)
         self._pages.move_to_end(number)
         return page
+
+
+class Called:
+    """What `source(offset, length)` gives, which may be too little."""
+
+    def __init__(self, name: str, size: int, source: Callable[[int, int], bytes]) -> None:
+        self.name = name
+        self.size = size
+        self._source = source
+
+    def read(self, offset: int, length: int) -> bytes:
+        check_inside(self, offset, length)
+        data = self._source(offset, length)
+        if len(data) != length:
+            raise GuestUnreadable(what=self.name, reason=f"it gives {len(data)} of {length} bytes at {offset}")
+        return data
 
 
 @dataclass(frozen=True, slots=True)

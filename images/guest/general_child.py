@@ -20,6 +20,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,11 @@ from pydantic import BaseModel, ConfigDict
 
 from appliance import secrecy
 from appliance.errors import GuestUnreadable, RewindError
+from images.guest.blocks import Called
 from images.guest.child import answer_all
 from images.guest.confine import Cage, Limits, Seccomp, enter
 from images.guest.files import check_readable
+from images.guest.lvm import logical_volumes
 from images.guest.volumes import Volume, opened_name, partition_name
 from images.model import Layer
 from images.tree import Kind
@@ -72,9 +75,7 @@ class _Device:
 class GuestfsReader:
     def __init__(self, disks: Sequence[str], handle: Any, keys: Sequence[bytes] = ()) -> None:
         """`disks` are the names of the handle's drives, in its order; it is launched."""
-        self._g = handle
-        self._disks = disks
-        self._keys = keys
+        self._g, self._disks, self._keys = handle, disks, keys
         self._mountable: dict[str, str] = {}
 
     def volumes(self) -> list[dict[str, Any]]:
@@ -166,12 +167,24 @@ class GuestfsReader:
 
     def _logical(self, found: Mapping[str, _Device]) -> Iterator[tuple[str, _Device]]:
         physical = {one["pv_uuid"]: one["pv_name"] for one in self._call(self._g.pvs_full)}
+        own = self._own_places([name for name in physical.values() if name in found])
         for device in self._call(self._g.lvs):
             _, _, group, volume = device.split("/", 3)
             uuids = self._call(self._g.vgpvuuids, group)
-            names = [physical.get(one.replace("-", ""), "") for one in uuids]
+            names = own.get(f"{group}/{volume}", tuple(physical.get(one.replace("-", ""), "") for one in uuids))
             below = [found[name] for name in names if name in found]
             yield device, _above(f"{group}/{volume}", below, Layer.LVM)
+
+    def _own_places(self, physical: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """What each volume lies on, not all of its group. Nothing where LVM's text is not as we know it."""
+        with suppress(GuestUnreadable):
+            volumes = logical_volumes([self._blocks(name) for name in physical])
+            return {f"{one.group}/{one.name}": tuple(physical[position] for position in one.on) for one in volumes}
+        return {}
+
+    def _blocks(self, device: str) -> Called:
+        size = self._call(self._g.blockdev_getsize64, device)
+        return Called(device, size, lambda at, length: self._call(self._g.pread_device, device, length, at))
 
     def _told(self, device: str, one: _Device, files: Mapping[str, str]) -> Iterator[Volume]:
         known = self._call(self._g.blkid, device) if device not in self._partitioned() else {}
@@ -259,8 +272,7 @@ class _Launched:
     """Launches for the first question, so that a failure is an answer. The keys are read from the pipe by then."""
 
     def __init__(self, order: Order, keys: int) -> None:
-        self._order = order
-        self._pipe = keys
+        self._order, self._pipe = order, keys
         self._reader: GuestfsReader | None = None
 
     def __getattr__(self, question: str) -> Any:

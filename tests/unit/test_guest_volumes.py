@@ -196,6 +196,46 @@ def test_a_logical_volume_in_pieces_on_two_disks(tmp_path):
         open_files(found["group/s"])
 
 
+class Handle:
+    """What libguestfs tells of a group `group` on these disks; bytes of a disk are as long as `whole` says."""
+
+    def __init__(self, folder, names, whole=True):
+        self._disks = {f"/dev/{name}": (folder / name).read_bytes() for name in names}
+        self._whole = whole
+
+    def lvs(self):
+        return ["/dev/group/a", "/dev/group/b", "/dev/group/s"]
+
+    def pvs_full(self):
+        return [{"pv_uuid": f"id{name[5:]}", "pv_name": name} for name in self._disks]
+
+    def vgpvuuids(self, _group):
+        return ["id-vda", "id-vdb"]
+
+    def blockdev_getsize64(self, device):
+        return len(self._disks[device])
+
+    def pread_device(self, device, count, offset):
+        return self._disks[device][offset : offset + (count if self._whole else 0)]
+
+
+@needs_world
+@pytest.mark.timeout(60)
+def test_a_volume_lies_on_its_own_disks_and_not_on_all_of_the_group(tmp_path):
+    """By libguestfs, which tells of groups alone. One of stripes lies on both."""
+    from images.guest.general_child import GuestfsReader, _Device
+
+    make = "lvcreate -an -Zn -Wn -n"
+    script = ["pvcreate {0} {1}", "vgcreate -s 4m group {0} {1}", f"{make} a -l 3 group {{1}}",
+              f"{make} b -l 2 group {{0}}", f"{make} s -i 2 -l 4 group"]  # fmt: skip
+    disks = lvm_disks(tmp_path, script)
+    found = {f"/dev/{name}": _Device(name, (name,)) for name in disks}
+    for whole, a, b in ((True, ("vdb",), ("vda",)), (False, ("vda", "vdb"), ("vda", "vdb"))):
+        reader = GuestfsReader(tuple(disks), Handle(tmp_path, disks, whole))
+        volumes = dict(reader._logical(found))
+        assert {name[-1]: one.disks for name, one in volumes.items()} == {"a": a, "b": b, "s": ("vda", "vdb")}
+
+
 @needs_world
 @pytest.mark.timeout(60)
 def test_the_metadata_of_lvm_goes_round_in_its_ring(tmp_path):
