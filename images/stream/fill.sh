@@ -31,6 +31,7 @@ put_record() { # state, done bytes
         echo "written $WRITTEN"
         echo "boots $BOOTS"
         echo "copied ${COPIED:-0}"
+        [ -z "$FILL" ] || echo "fill $FILL"
         [ -z "$SERVICE" ] || echo "service $SERVICE"
         [ ! -s $MEET/error ] || echo "error $(head -n 1 $MEET/error)"
         if [ -e $MEET/plan ]; then plan_identities; else grep '^local ' $MEET/record; fi
@@ -45,6 +46,7 @@ read_record() {
     from_control count=1 | tr -d '\000' >/tmp/found
     BOOTS=$(($(sed -n 's/^boots //p' /tmp/found | grep -x '[0-9]*' || echo 0) + 1))
     COPIED=$(sed -n 's/^copied //p' /tmp/found)
+    FILL=$(sed -n 's/^fill \([0-9a-f]*\)$/\1/p' /tmp/found)
     # shellcheck disable=SC2034
     STATE=$(sed -n 's/^state //p' /tmp/found)
     mv /tmp/found $MEET/record
@@ -95,8 +97,6 @@ settle() {
 # The server's list of what has data, a line for each piece: DISK OFFSET LENGTH ZERO in bytes. A boot that was broken
 # off goes on at the piece that was last known to be on the disk.
 copy_all() {
-    plan_identities >/tmp/new
-    grep '^local ' $MEET/record | cmp -s - /tmp/new && [ -e $MEET/same ] || COPIED=0
     from_control skip=16 | tr -d '\000' >/tmp/pieces
     if [ "$(tail -n 1 /tmp/pieces)" != end ]; then lost "the list of what has data is not whole" && return 1; fi
     number=0 bytes=0 since=$(now)
@@ -109,7 +109,7 @@ copy_all() {
         fi
         if [ $(($(now) - since)) -ge 5 ]; then
             since=$(now)
-            settle && mark begun && COPIED=$number && note copying "$bytes"
+            settle && mark "begun $FILL" && COPIED=$number && note copying "$bytes"
             show "copying" "$bytes"
         fi
     done </tmp/pieces
@@ -171,7 +171,7 @@ fill() {
         [ "$bytes" -le "$TOTAL" ] || bytes=$TOTAL # the last region may be a part of one
         show "filling the local disks" "$bytes"
         [ -n "$left" ] || break
-        mark begun
+        mark "begun $FILL"
         note filling "$bytes"
         sleep 2
     done
@@ -207,10 +207,13 @@ stand_alone() {
 
 # --- marks ----------------------------------------------------------------------------------------------------------
 
-# A line on a local disk that tells what it is: `rewind SESSION DISK begun` while it gets its content, and without the
-# last word once it is complete: then the same medium starts it without asking anybody. What the hardware says of a disk
-# is not enough: two virtual disks may say the same. It is behind the client's last sector, where nobody looks; on a disk
-# that has no room there it is in the gap before the first partition, if the client has nothing but zeros there.
+# A line on a local disk that tells what it is: `rewind SESSION DISK begun FILL` while it gets its content, and without
+# the last words once it is complete: then the same medium starts it without asking anybody. What the hardware says of a
+# disk is not enough: two virtual disks may say the same. FILL is in the record as well, and there first: what it tells
+# is true of the disks that have its FILL, and of none that another machine began to fill before.
+#
+# It is behind the client's last sector, where nobody looks; on a disk that has no room there it is in the gap before the
+# first partition, if the client has nothing but zeros there.
 choose_places() {
     for disk in $RWS_DISKS; do
         page=$((($(of_disk SECTORS "$disk") + 7) / 8))
@@ -225,7 +228,7 @@ choose_places() {
 
 text_at() { dd if="$1" bs=4096 skip="$2" count=1 2>/dev/null | tr -d '\000' | head -c 200; } # device, page
 
-mark() { # word
+mark() { # words
     for disk in $RWS_DISKS; do
         page=$(cat "/tmp/place.$disk") device=$(local_of "$disk")
         [ -n "$page" ] || continue
@@ -240,6 +243,10 @@ mark() { # word
 
 # --- the two ways ----------------------------------------------------------------------------------------------------
 
+# Goes on with what the boot before has begun, or begins anew, on disks that have not its mark.
+# shellcheck disable=SC2153 # BOOT is keeper's
+begin() { [ -e $MEET/same ] || FILL=$BOOT COPIED=0; }
+
 # The system says that it is up; one that cannot is given RWS_START seconds.
 until_booted() {
     begun=$(now)
@@ -249,9 +256,10 @@ until_booted() {
 }
 
 copy_first() {
-    choose_places
-    mark begun
+    begin
     state copying 0
+    choose_places
+    mark "begun $FILL"
     copy_all || return
     state alone "$TOTAL"
     mark
@@ -267,11 +275,12 @@ end_session() {
 }
 
 stream() {
+    begin
     state booting
     until_booted
     note booting
     choose_places
-    mark begun
+    mark "begun $FILL"
     if fill; then
         stand_alone
         mark

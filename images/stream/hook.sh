@@ -120,17 +120,27 @@ check_local() { # disk, local
 # What the local disk said of itself that the client's disk $1 began to fill in a boot before this one.
 was_ours() { sed -n "s/^local $1 //p" $MEET/record; }
 
-# Whether it is that one. Where there is room for a mark behind the client's last sector, it was written first.
+# Which filling the record is of: the word that the marks of its disks have as well.
+was_filling() { sed -n 's/^fill \([0-9a-f]*\)$/\1/p' $MEET/record; }
+
+# Whether what is on it is of this session, of any filling. Where there is room for a mark behind the client's last
+# sector, it was written before anything else.
 is_ours() { # disk, local
     [ "$(was_ours "$1")" = "$(identity "$2")" ] || return 1
     [ $(($(cat "/sys/block/$2/size") / 8)) -gt $((($(of_disk SECTORS "$1") + 7) / 8)) ] || return 0
-    is_marked "$1" "$2" ' begun' || is_marked "$1" "$2" ''
+    is_marked "$1" "$2" ' begun *' || is_marked "$1" "$2" ''
 }
 
-is_marked() { # disk, local, what comes behind the disk's name
+# Whether it is the one that the record is of. Another one may say the same of itself, and be of this session as well.
+is_recorded() { # disk, local
+    is_marked "$1" "$2" " begun $(was_filling)" || is_marked "$1" "$2" ''
+}
+
+is_marked() { # disk, local, what comes behind the disk's name, as a pattern
     for page in $((($(of_disk SECTORS "$1") + 7) / 8)) $(of_disk GAP "$1"); do
         mark=$(dd if="/dev/$2" bs=4096 skip="$page" count=1 2>/dev/null | tr -d '\000' | head -n 1)
-        [ "$mark" != "rewind $RWS_SESSION $1$3" ] || return 0
+        # shellcheck disable=SC2254 # a pattern
+        case $mark in "rewind $RWS_SESSION $1"$3) return 0 ;; esac
     done
     return 1
 }
@@ -144,8 +154,8 @@ all_marked() {
     done
 }
 
-# After the end of a session its local disks are the client. They are looked for by what the machine has said of them:
-# one that has none of them was started from the image of somebody else.
+# After the end of a session its local disks are the client. They are looked for by what the machine has said of them,
+# and one that another machine began to fill is none: whoever has no other was started from the image of somebody else.
 find_own() {
     begun=$(now)
     for disk in $RWS_DISKS; do
@@ -158,18 +168,22 @@ find_own() {
 }
 
 has_own() {
-    for name in $(local_disks); do [ "$(was_ours "$1")" != "$(identity "$name")" ] || return 0; done
+    for name in $(local_disks); do
+        [ "$(was_ours "$1")" = "$(identity "$name")" ] || continue
+        # One without a mark may have had no place for it, or a client that has grown over it since.
+        if is_recorded "$1" "$name" || ! is_marked "$1" "$name" ' begun *'; then return 0; fi
+    done
     return 1
 }
 
-# For keeper, which has the last word to say where the power went before it: a plan of disks that have a mark, and none
-# where one has not. What a disk says of itself is too little to write to it.
+# For keeper, which has the last word to say where the power went before it: a plan of disks that have the mark of what
+# was filled last, and none where one has not. What a disk says of itself is too little to write to it.
 plan_own() {
     for disk in $RWS_DISKS; do
         found=''
         for name in $(local_disks); do
             [ "$(was_ours "$disk")" = "$(identity "$name")" ] || continue
-            if is_marked "$disk" "$name" ' begun' || is_marked "$disk" "$name" ''; then found=$name; fi
+            if is_recorded "$disk" "$name"; then found=$name; fi
         done
         [ -n "$found" ] || return 0
         echo "$disk $found $(cat "/sys/block/$found/dev") $(identity "$found")" >>/tmp/plan
@@ -184,7 +198,7 @@ choose_locals() {
     for disk in $RWS_DISKS; do
         find_local "$disk" "$(of_disk SECTORS "$disk")"
         check_local "$disk" "$LOCAL"
-        is_marked "$disk" "$LOCAL" ' begun' || same=''
+        is_marked "$disk" "$LOCAL" " begun $(was_filling)" || same=''
         echo "$disk $LOCAL $(cat "/sys/block/$LOCAL/dev") $(identity "$LOCAL")"
         tell "disk $disk goes to $LOCAL"
     done >/tmp/plan

@@ -82,9 +82,10 @@ def test_power_cut_before_the_last_word(source, tmp_path):
         written = machine.said("wrote")
     folder, mark = serve.folder(source.home, source.order.name), f"rewind {source.order.session} vda"
     wait_for(lambda: source.state()["phase"] == "done" and not lives(source.state()["key"]))
+    fill = re.search(rb"^fill \w+$", (folder / control.CONTROL).read_bytes(), re.MULTILINE)[0].decode()
     for path, offset, before, after in (
         (folder / control.CONTROL, 0, "state detached\n", "state alone\n"),
-        (disk, DISK_BYTES, f"{mark}\n", f"{mark} begun\n"),
+        (disk, DISK_BYTES, f"{mark}\n", f"{mark} begun{fill.removeprefix('fill')}\n"),
     ):
         with path.open("r+b") as file:
             file.seek(offset)

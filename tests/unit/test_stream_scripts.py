@@ -1,0 +1,152 @@
+"""What the scripts of a streamed image do with the local disks, in this host's shell; tests/integration boots them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import images.stream
+from images.stream.layout import Disk, Layout
+from images.stream.settings import Stream, stream_conf
+
+SCRIPTS = Path(images.stream.__file__).parent
+SESSION, PAGE = "rewind-12ab", 4096
+SIZE, LOCAL_SIZE = 16 * PAGE, 32 * PAGE
+ONE, TWO = "1" * 16, "2" * 16
+
+# What init and keeper have, and this host has not.
+COMMON = """
+x() { echo 0; }
+now() { cut -d. -f1 /proc/uptime; }
+tell() { :; }
+blockdev() { [ "$1" != --getsz ] || echo $(($(stat -c %s "$2") / 512)); }
+fail() { echo "CANNOT GO ON: $*"; exit 1; }
+of_disk() { eval "echo \\"\\$RWS_$1_$2\\""; }
+"""
+
+
+class Machine:
+    """Folders that stand for those of a machine with the local disk sda, which has no serial number."""
+
+    def __init__(self, folder: Path, mode: str = "stream") -> None:
+        self.folder = folder
+        for name in ("meet", "tmp", "dev/mapper", "block/sda/queue", "block/dm-0"):
+            (folder / name).mkdir(parents=True)
+        for name, text in (("size", LOCAL_SIZE // 512), ("removable", 0), ("ro", 0), ("dev", "8:0"),
+                           ("queue/logical_block_size", 512)):  # fmt: skip
+            (folder / "block/sda" / name).write_text(f"{text}\n")
+        (folder / "block/dm-0/stat").write_text("0 0 0 0 0 0 0 0\n")
+        self.disk, self.control = folder / "dev/sda", folder / "dev/mapper/rewind-src-control"
+        self.disk.write_bytes(bytes(LOCAL_SIZE))
+        self.control.write_bytes(bytes(PAGE))
+        layout = Layout((Disk("vda", SIZE, ()),), "")
+        (folder / "stream.conf").write_bytes(stream_conf(Stream(SESSION, "10.0.0.1", 1, layout, mode)))
+
+    def had(self, state: str, *lines: str) -> None:
+        """A record of a boot before, by a disk of which nothing is known but its size."""
+        text = "\n".join(["rewind 1", f"state {state}", f"local vda none/{LOCAL_SIZE // 512}", *lines, "end\n"])
+        self.control.write_bytes(text.encode().ljust(PAGE, b"\0"))
+        (self.folder / "meet/record").write_text(text)
+
+    def marked(self, words: str) -> None:
+        self._write_mark(f"rewind {SESSION} vda{words}\n")
+
+    def _write_mark(self, text: str) -> None:
+        with self.disk.open("r+b") as file:
+            file.seek(SIZE)
+            file.write(text.encode().ljust(PAGE, b"\0"))
+
+    @property
+    def mark(self) -> str:
+        return self.disk.read_bytes()[SIZE : SIZE + PAGE].rstrip(b"\0").decode().strip()
+
+    @property
+    def record(self) -> list[str]:
+        return self.control.read_bytes().rstrip(b"\0").decode().splitlines()
+
+    def run(self, script: str, command: str) -> str:
+        """What a function of a script says."""
+        used = ["keeper.sh", script] if script == "fill.sh" else [script]
+        text = COMMON.join((SCRIPTS / one).read_text().partition("# --- the way ---")[0] for one in used)
+        # /tmp first: the folders of a test may be there. Not every file system can be written past the page cache.
+        for before, after in (("/tmp/", "tmp/"), ("/run/rewind", "meet"), ("/sys/block", "block"), ("/dev/$", "dev/$"),
+                              ("/dev/mapper", "dev/mapper"), ("/rw/stream.conf", "stream.conf")):  # fmt: skip
+            text = text.replace(before, f"{self.folder}/{after}")
+        text = text.replace("oflag=direct", "").replace("iflag=direct", "")
+        keeper = f"MEET={self.folder}/meet BOOT={TWO} noting='' shown='' SERVICE='' TOTAL={SIZE}\n"
+        whole = f". {self.folder}/stream.conf\n{COMMON}{text}\n{keeper}RWS_LOOK=0\n{command}\n"
+        (self.folder / "script").write_text(whole)
+        done = subprocess.run(["sh", self.folder / "script"], capture_output=True, text=True, timeout=20)
+        return done.stdout
+
+    def plans(self) -> bool:
+        return (self.folder / "meet/plan").exists()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mark", "own", "planned"),
+    [
+        (f" begun {ONE}", True, True),
+        ("", True, True),
+        (f" begun {TWO}", False, False),  # another machine's, that was filled by half before
+        (None, True, False),  # there was no place for one, or the client has grown over it
+    ],
+)
+def test_disk_that_another_machine_began_is_not_the_one_that_is_complete(mark, own, planned, machine):
+    """P6-14: virtual disks without a serial number all say the same of themselves. One that was filled by half would be
+    taken for complete, for ever."""
+    machine.had("alone", f"fill {ONE}")
+    if mark is not None:
+        machine.marked(mark)
+    said = machine.run("hook.sh", "find_own; plan_own")
+    assert ("the session is over, and disk vda is not in this machine" in said) is not own
+    assert machine.plans() is planned
+
+
+def test_no_word_of_a_record_is_one_of_any_disk(machine):
+    """It is a machine's, and comes over the network."""
+    machine.had("alone", "fill *")
+    machine.marked(f" begun {ONE}")
+    assert "is not in this machine" in machine.run("hook.sh", "find_own")
+
+
+@pytest.mark.parametrize(("word", "same"), [(ONE, True), (TWO, False)])
+def test_what_was_copied_to_one_disk_is_not_on_another(word, same, machine):
+    """P6-15: it may be overwritten all the same, being of this session; but from its beginning."""
+    machine.had("copying", "copied 50", f"fill {ONE}")
+    with machine.disk.open("r+b") as file:
+        file.write(b"half of it")
+    machine.marked(f" begun {word}")
+    assert machine.run("hook.sh", "choose_locals") == "" and machine.plans()
+    assert (machine.folder / "meet/same").exists() is same
+
+
+@pytest.mark.parametrize(("same", "word", "copied"), [(True, ONE, 50), (False, TWO, 0)])
+def test_record_has_the_word_of_the_marks_before_they_have_it(same, word, copied, machine):
+    """P6-15: the power may go between the two, and before anything was copied."""
+    machine.had("copying", "copied 50", f"fill {ONE}")
+    (machine.folder / "meet/plan").write_text(f"vda sda 8:0 none/{LOCAL_SIZE // 512}\n")
+    if same:
+        (machine.folder / "meet/same").touch()
+    first = 'read_record; mark() { echo "$* $(tr -d "\\000" <"$CONTROL" | grep ^fill)"; }; copy_all() { false; }; '
+    said = machine.run("fill.sh", f"CONTROL={machine.control}; {first}copy_first")
+    assert said == f"begun {word} fill {word}\n"
+    machine.run("fill.sh", "read_record; copy_all() { false; }; copy_first")
+    assert machine.mark == f"rewind {SESSION} vda begun {word}"
+    assert f"fill {word}" in machine.record and f"copied {copied}" in machine.record
+
+
+def test_end_of_a_session_keeps_the_word_of_its_disks(machine):
+    machine.had("alone", f"fill {ONE}")
+    machine.marked(f" begun {ONE}")
+    machine.run("hook.sh", "plan_own")
+    machine.run("fill.sh", "read_record; end_session")
+    assert machine.mark == f"rewind {SESSION} vda"
+    assert {"state detached", f"fill {ONE}"} <= {*machine.record}
