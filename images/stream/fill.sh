@@ -47,6 +47,7 @@ read_record() {
     BOOTS=$(($(sed -n 's/^boots //p' /tmp/found | grep -x '[0-9]*' || echo 0) + 1))
     COPIED=$(sed -n 's/^copied //p' /tmp/found)
     FILL=$(sed -n 's/^fill \([0-9a-f]*\)$/\1/p' /tmp/found)
+    SERVICE=$(sed -n 's/^service //p' /tmp/found)
     # shellcheck disable=SC2034
     STATE=$(sed -n 's/^state //p' /tmp/found)
     mv /tmp/found $MEET/record
@@ -244,8 +245,11 @@ mark() { # words
 # --- the two ways ----------------------------------------------------------------------------------------------------
 
 # Goes on with what the boot before has begun, or begins anew, on disks that have not its mark.
-# shellcheck disable=SC2153 # BOOT is keeper's
-begin() { [ -e $MEET/same ] || FILL=$BOOT COPIED=0; }
+begin() {
+    # shellcheck disable=SC2153 # BOOT is keeper's
+    [ -e $MEET/same ] || FILL=$BOOT COPIED=0
+    SERVICE='' # of this boot, from now on
+}
 
 # The system says that it is up; one that cannot is given RWS_START seconds.
 until_booted() {

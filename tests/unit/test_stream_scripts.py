@@ -143,10 +143,18 @@ def test_record_has_the_word_of_the_marks_before_they_have_it(same, word, copied
     assert f"fill {word}" in machine.record and f"copied {copied}" in machine.record
 
 
-def test_end_of_a_session_keeps_the_word_of_its_disks(machine):
-    machine.had("alone", f"fill {ONE}")
+def test_end_of_a_session_keeps_what_the_record_has(machine):
+    """The word of its disks, and how long the client took to be up, which nobody measures again."""
+    machine.had("alone", f"fill {ONE}", "service 61 100 20")
     machine.marked(f" begun {ONE}")
     machine.run("hook.sh", "plan_own")
     machine.run("fill.sh", "read_record; end_session")
     assert machine.mark == f"rewind {SESSION} vda"
-    assert {"state detached", f"fill {ONE}"} <= {*machine.record}
+    assert {"state detached", f"fill {ONE}", "service 61 100 20"} <= {*machine.record}
+
+
+def test_time_to_be_up_is_that_of_the_boot_that_fills(machine):
+    machine.had("filling", f"fill {ONE}", "service 61 100 20")
+    (machine.folder / "meet/plan").write_text(f"vda sda 8:0 none/{LOCAL_SIZE // 512}\n")
+    machine.run("fill.sh", "read_record; until_booted() { exit; }; stream")
+    assert "state booting" in machine.record and not any(line.startswith("service") for line in machine.record)
