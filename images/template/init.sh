@@ -215,6 +215,8 @@ hand_over() {
 # --- when it cannot go on -------------------------------------------------------------------------------------------
 
 fail() {
+    # A machine that is served and does not start must not hold the place of one that would (images/stream/keeper.sh).
+    [ ! -d /run/rewind ] || : >/run/rewind/refused
     tell "CANNOT GO ON: $*"
     tell "disks of this machine: $(sed 1,2d /proc/partitions | while read -r _ _ size name; do echo "$name ($size KiB)"; done | tr '\n' ' ')"
     [ ! -s /tmp/layers ] || tell "arrays, keys and volumes said: $(tail -n 5 /tmp/layers | tr '\n' ' ')"

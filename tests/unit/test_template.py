@@ -341,6 +341,17 @@ def test_words_in_the_quotes_of_another_are_none_for_init(tmp_path):
     assert done.stdout == "/dev/x y ro\n"
 
 
+@pytest.mark.parametrize("served", [True, False])
+def test_machine_that_cannot_go_on_gives_no_sign_of_life(served, tmp_path):
+    """P6-14: it only shows why, for a minute, and whoever asks meanwhile would be sent away for it."""
+    text = _INIT.read_text().replace("/run/rewind", f"{tmp_path}/meet")
+    if served:
+        (tmp_path / "meet").mkdir()
+    told = text[text.index("\nfail() {") :].partition("    tell")[0]  # what is behind it ends the machine
+    subprocess.run(["sh", "-euc", f"{told}\n}}\nfail 'no root'"], check=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["meet", "refused"] * served
+
+
 def test_init_is_a_script_without_faults():
     path = _INIT
     assert subprocess.run(["shellcheck", path], capture_output=True).returncode == 0
