@@ -29,7 +29,8 @@ _BOOT = re.compile(r"[0-9a-f]{16}")
 _MACHINE = re.compile(r"[A-Za-z0-9.:_-]{1,200}")
 # Without a sign of life for so many seconds a boot is over: of the machine that asks again, and of another one, which
 # may know less of a network that does not work. A machine whose link has broken is silent for as long as its kernel
-# waits for an answer (30 s, images/stream/settings.py), until its next sign (3 s) and until it has connected again.
+# waits for an answer (30 s, images/stream/settings.py), until its next sign (3 s) and until it has connected again: by
+# its second try at the latest, for which it gives up the first one (5 s, images/stream/keeper.sh).
 _OVER_SAME, _OVER_OTHER = 8.0, 45.0
 
 

@@ -14,6 +14,8 @@
 PATH=/bin
 DM_DISABLE_UDEV=1
 MEET=/run/rewind
+# Seconds for a link to be made; the server counts on it (appliance/restore/claim.py).
+CONNECT=5
 export PATH DM_DISABLE_UDEV
 
 x() {
@@ -138,6 +140,22 @@ connect() { # export, device
     exec -a @rewind-link /rw/lib/ld.so --library-path /rw/lib /rw/bin/nbd-client "$@"
 }
 
+# Until the link stands or its client has ended. Fails for one that took too long, and has ended it: the kernel says its
+# first word again after 1, 3, 7, 15 and 31 s, and a new client says it at once.
+until_linked() { # device, process of the client, seconds
+    tried=$(now)
+    while [ ! -e "/sys/block/$1/pid" ] && kill -0 "$2" 2>/dev/null; do
+        if [ $(($(now) - tried)) -ge "$3" ]; then kill "$2" && return 1; fi
+        sleep 0.1
+    done
+}
+
+# A server that needs longer to shake hands is given more time with every try.
+longer() { # export
+    printf '\nno answer from %s:%s for %s s\n' "$RWS_ADDRESS" "$RWS_PORT" "$grace" >>"/tmp/said.$1"
+    [ "$grace" -ge 20 ] || grace=$((grace * 2))
+}
+
 # --- one machine at a time -----------------------------------------------------------------------------------------
 
 # This boot, and this machine. The exports that the server gives to it have the boot's name in theirs.
@@ -150,11 +168,11 @@ name_boot() {
 # Asks the server whether this machine may be served (appliance/restore/claim.py), for as long as it takes: one that
 # was served before is given a few seconds to be heard of. The connection breaks when the server takes us.
 ask_for_leave() {
-    since=$(now) told='' LEAVE=''
+    since=$(now) told='' LEAVE='' grace=$CONNECT
     while [ -z "$LEAVE" ]; do
         (connect claim nbd0) >/tmp/said.claim 2>&1 &
         client=$!
-        while [ ! -e /sys/block/nbd0/pid ] && kill -0 $client 2>/dev/null; do sleep 0.1; done
+        until_linked nbd0 $client $grace || longer claim
         while [ -z "$LEAVE" ] && [ -e /sys/block/nbd0/pid ]; do ask; done
         kill $client 2>/dev/null
         wait $client
@@ -205,15 +223,15 @@ from_control() { # skip=PAGE, count=PAGES
 
 # Keeps one link for ever. $2 is the number of the first of its two NBD devices; the one that is not in use is next.
 keep_link() { # export, number
-    map=rewind-src-$1 next=$2 since=$(now) told=''
+    map=rewind-src-$1 next=$2 since=$(now) told='' grace=$CONNECT
     while [ ! -e /tmp/end ]; do
         (connect "$1-$BOOT" "nbd$next") >"/tmp/said.$1" 2>&1 &
         client=$!
         echo $client >"/tmp/client.$1"
-        while [ ! -e "/sys/block/nbd$next/pid" ] && kill -0 $client 2>/dev/null; do sleep 0.1; done
+        until_linked "nbd$next" $client $grace || longer "$1"
         if [ -e "/sys/block/nbd$next/pid" ] && put_path "$map" "nbd$next"; then
             [ -z "$told" ] || tell "the server is back"
-            told=''
+            told='' grace=$CONNECT
             watch_link "$map" "nbd$next" $client
             next=$(($2 + 1 - (next - $2)))
             since=$(now)

@@ -158,3 +158,22 @@ def test_time_to_be_up_is_that_of_the_boot_that_fills(machine):
     (machine.folder / "meet/plan").write_text(f"vda sda 8:0 none/{LOCAL_SIZE // 512}\n")
     machine.run("fill.sh", "read_record; until_booted() { exit; }; stream")
     assert "state booting" in machine.record and not any(line.startswith("service") for line in machine.record)
+
+
+def test_client_whose_first_word_was_lost_does_not_wait_for_the_kernel_to_say_it_again(machine):
+    """P6-14: that takes half a minute, in which the server gives the place of a silent machine away."""
+    said = machine.run("keeper.sh", "sleep 20 & until_linked nbd0 $! 1 || { echo given up; wait $!; echo $?; }")
+    assert said == "given up\n143\n"
+
+
+def test_server_that_does_not_answer_is_told_and_given_more_time(machine):
+    said = machine.run("keeper.sh", "grace=$CONNECT; longer vda; longer vda; longer vda; echo $grace")
+    assert said == "20\n"
+    assert (machine.folder / "tmp/said.vda").read_text().split("\n")[-2] == "no answer from 10.0.0.1:1 for 20 s"
+
+
+def test_link_that_stands_or_was_refused_is_left_alone(machine):
+    (machine.folder / "block/nbd0").mkdir()
+    (machine.folder / "block/nbd0/pid").touch()
+    assert machine.run("keeper.sh", "sleep 20 & until_linked nbd0 $! 0 && kill $! && echo stands") == "stands\n"
+    assert machine.run("keeper.sh", "true & until_linked nbd1 $! 9 && echo ended") == "ended\n"
