@@ -559,7 +559,8 @@ def test_list_leaves_out_what_was_forgotten_meanwhile(kind, listing, serving, mo
 def signs(tmp_path):
     """keeper's signs of life on a file, and the file."""
     text = (Path(streaming.__file__).parents[3] / "images/stream/keeper.sh").read_text()
-    for before, after in (("/run/rewind", tmp_path), ("/dev/mapper", tmp_path), ("/tmp/", f"{tmp_path}/")):
+    # /tmp first: what the others become may be below it.
+    for before, after in (("/tmp/", f"{tmp_path}/"), ("/run/rewind", tmp_path), ("/dev/mapper", tmp_path)):
         text = text.replace(before, str(after))
     (tmp_path / "keeper").write_text(text.replace("sleep 3", "sleep 0.05"))
     link = tmp_path / "rewind-src-control"
