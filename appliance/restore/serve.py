@@ -59,6 +59,8 @@ _TICK, _START = 0.5, 60.0
 # Since a machine was last heard of, once it has let go: it has to hear an answer to its last word. One that was started
 # anew after that is there for a machine which still has to boot and to ask, and waits for it for minutes.
 _GRACE, _GRACE_AGAIN = 10.0, 300.0
+# A step that comes later than this after the one before: we stood still, and nobody could be heard.
+_STOOD_STILL = 3.0
 _PHASES = {
     "": "waiting", "refused": "waiting", "booting": "booting", "filling": "pulling", "copying": "copying",
     "alone": "done", "detached": "done",
@@ -175,6 +177,7 @@ class Serving:
         self._claims = claims.Claims(self._folder / claims.CLAIM, time.monotonic)
         self._pace = Pace()
         self._life, self._heard = b"", 0.0
+        self._listened = time.monotonic()
         self._written: dict[str, Any] = {}
         self._grace = _GRACE
         self._last: tuple[object, ...] = ()  # what was last seen of any machine
@@ -222,12 +225,15 @@ class Serving:
         return record.state == "detached" and time.monotonic() - self._last_time > self._grace
 
     def _listen(self) -> None:
-        """For a sign of life first: who is granted depends on it. While we answer nobody, none can come."""
+        """For a sign of life first: who is granted depends on it. While we answer nobody none can come; after we stood
+        still (a control group that was frozen, a disk that hung) none has had the time to."""
         if (life := sign_of_life(self._folder / CONTROL)) != self._life:
             self._life, self._heard = life, time.time()
             self._claims.heard()
-        if not self._answers:
+        now = time.monotonic()
+        if not self._answers or now - self._listened > _STOOD_STILL:
             self._claims.deaf()
+        self._listened = now
         before = self._claims.answer
         try:
             self._claims.tend()

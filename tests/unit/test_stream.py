@@ -461,6 +461,22 @@ def test_machine_keeps_its_root_while_the_server_is_deaf(serving, clock):
     assert serving._claims.answer.refused == TWO
 
 
+def test_machine_keeps_its_root_when_the_server_stood_still(serving, clock):
+    """P6-14: a control group that was frozen, a disk that hung: no sign was seen for minutes, and another machine has
+    asked. It is granted when none comes now."""
+    serving._begin()
+    asks(serving, ONE)
+    steps(serving, clock, 1)
+    asks(serving, TWO, "rack.2")
+    steps(serving, clock, 1)
+    for _ in range(3):
+        clock.now += 600
+        steps(serving, clock, 20)
+        assert serving._claims.answer == claim.Answer(ONE, "rack.1")
+    steps(serving, clock, 30)
+    assert serving._claims.answer == claim.Answer(TWO, "rack.2")
+
+
 def test_session_ends_when_its_machine_has_let_go(serving, clock):
     """It hears an answer to its last word."""
     serving._begin()
