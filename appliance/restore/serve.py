@@ -57,8 +57,9 @@ __all__ = [
 _LOCK = "serve.lock"
 _TICK, _START = 0.5, 60.0
 # Since a machine was last heard of, once it has let go: it has to hear an answer to its last word. One that was started
-# anew after that is there for a machine which still has to boot and to ask, and waits for it for minutes.
-_GRACE, _GRACE_AGAIN = 10.0, 300.0
+# anew after that is there for a machine which still has to boot and to ask, and waits for it for minutes. Not for ever,
+# whatever is heard: a wrong machine that boots again and again would keep all of it, and gc away.
+_GRACE, _GRACE_AGAIN, _GRACE_AT_MOST = 10.0, 300.0, 1800.0
 # A step that comes later than this after the one before: we stood still, and nobody could be heard.
 _STOOD_STILL = 3.0
 _PHASES = {
@@ -182,6 +183,7 @@ class Serving:
         self._grace = _GRACE
         self._last: tuple[object, ...] = ()  # what was last seen of any machine
         self._last_time = 0.0
+        self._over = 0.0  # since when the machine has let go, 0 while it has not
 
     def run(self) -> None:
         """Until the machine has let go. Returns at once if somebody else does it."""
@@ -219,10 +221,17 @@ class Serving:
             self._daemon.tend(self._claims.answer.granted)
         record = read_record(self._folder / CONTROL)
         self._note(record)
+        return self._has_ended(record, time.monotonic())
+
+    def _has_ended(self, record: Record, now: float) -> bool:
         last = (record.state, self._life, self._claims.asked, self._claims.answer)
         if last != self._last:
-            self._last, self._last_time = last, time.monotonic()
-        return record.state == "detached" and time.monotonic() - self._last_time > self._grace
+            self._last, self._last_time = last, now
+        if record.state != "detached":
+            self._over = 0.0
+            return False
+        self._over = self._over or now
+        return now - self._last_time > self._grace or now - self._over > _GRACE_AT_MOST
 
     def _listen(self) -> None:
         """For a sign of life first: who is granted depends on it. While we answer nobody none can come; after we stood

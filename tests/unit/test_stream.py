@@ -502,6 +502,16 @@ def test_session_that_was_over_waits_for_a_machine_that_boots_again(serving, clo
     assert 300 <= steps(serving, clock, 1000) <= 301
 
 
+def test_session_that_was_over_does_not_wait_for_a_machine_that_never_ends(serving, clock):
+    """P6-14: a wrong one that boots again and again would keep gc away for ever."""
+    says(serving, "detached")
+    serving._begin()
+    begun = clock.now
+    while clock.now < begun + 3600 and steps(serving, clock, 100) == 100:
+        asks(serving, f"{int(clock.now):016x}", "rack.2")
+    assert 1800 <= clock.now - begun <= 1801
+
+
 def test_machine_that_was_sent_away_is_no_error_of_a_session_that_is_done(serving, clock):
     serving._begin()
     for boot, machine in ((ONE, "rack.1"), (TWO, "rack.2")):
