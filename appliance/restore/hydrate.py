@@ -105,12 +105,16 @@ def socket_path(home: Home, uuid: str) -> Path:
 
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
     """Write the order down and start the process; its view can be read when this returns. May be repeated. Raises
-    RestoreError with the reason when there is no view in time; the process goes on trying then."""
+    RestoreError with the reason when there is no view in time, and the process goes on trying then; or when it has
+    ended before."""
     folder(home, order.domain).mkdir(parents=True, exist_ok=True)
-    _KIND.start(home, order.domain, order, settings_file)
-    _KIND.await_state(
-        home, order.domain, lambda found: lives(found.get("view", "")), _START, "the view"
-    )  # fmt: skip
+    key = _KIND.start(home, order.domain, order, settings_file)
+    _KIND.await_state(home, order.domain, key, _is_ready, _START, "the view")
+
+
+def _is_ready(found: Mapping[str, Any]) -> bool:
+    """Of a state. One whose disks were complete already needs no view."""
+    return found.get("phase") == "done" or lives(found.get("view", ""))
 
 
 def tidy(home: Home, name: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from appliance.config import Home, write_json
 from appliance.errors import ConfigError, RestoreError
-from appliance.process import Child, lives
+from appliance.process import Child, lives, process_key
 
 __all__ = ["Kind", "write_state"]
 
@@ -84,34 +84,51 @@ class Kind(Generic[_Order]):
             return {}
         return found
 
-    def start(self, home: Home, name: str, order: _Order, settings_file: Path) -> None:
-        """Write the order down and start `python -m MODULE HOME NAME SETTINGS`, unless its process lives. The folder
-        has to be there: it is not made again for one that was forgotten."""
+    def start(self, home: Home, name: str, order: _Order, settings_file: Path) -> str:
+        """Write the order down and start `python -m MODULE HOME NAME SETTINGS`, unless its process lives. The key of
+        that process. The folder has to be there: it is not made again for one that was forgotten."""
         where = self.folder(home, name)
         write_json(where / "order.json", order.to_json())
-        if lives(self.state(home, name).get("key", "")):
-            return
+        if lives(before := str(self.state(home, name).get("key", ""))):
+            return before
         key_fd = json.loads(order.repository).get("key_fd")
         places = [str(Path(__file__).resolve().parents[2]), *(place for place in sys.path if place)]
-        short = self._module.rpartition(".")[2]
-        Child(
+        child = Child(
             [sys.executable, "-m", self._module, home.path, name, settings_file],
-            name=short,
-            log=home.log / f"{short}.log",
+            name=self._short,
+            log=self._log(home),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))},
             pass_fds=() if key_fd is None else (key_fd,),
             die_with_parent=False,
-        ).leave()
+        )
+        key = process_key(child.pid)
+        child.leave()
+        return key
 
     def await_state(
-        self, home: Home, name: str, ready: Callable[[dict[str, Any]], bool], seconds: float, what: str
+        self, home: Home, name: str, key: str, ready: Callable[[dict[str, Any]], bool], seconds: float, what: str
     ) -> None:
-        """Until it says so itself. Raises RestoreError with its own reason after that time; it goes on trying then."""
+        """Until the process `key` says so itself. Raises RestoreError with its own reason: when it has ended, or after
+        that time, and it goes on trying then."""
         deadline = time.monotonic() + seconds
-        while not ready(found := self.state(home, name)):
+        while True:
+            lived = lives(key)  # before its state, which then has its last words
+            found = self.state(home, name)
+            if ready(found):
+                return
+            if not lived and not lives(found.get("key", "")):  # another one may have come first
+                why, hint = "its process has ended", f"`tail {self._log(home)}` shows its last words"
+                raise RestoreError(reason=f"{what} of {name!r} does not start: {found.get('error') or why}", hint=hint)
             if time.monotonic() > deadline:
                 raise RestoreError(reason=f"{what} of {name!r} does not start: {found.get('error') or 'no answer'}")
             time.sleep(0.05)
+
+    @property
+    def _short(self) -> str:
+        return self._module.rpartition(".")[2]
+
+    def _log(self, home: Home) -> Path:
+        return home.log / f"{self._short}.log"
 
 
 def write_state(where: Path, now: dict[str, Any]) -> None:

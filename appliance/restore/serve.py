@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,9 +134,10 @@ def prepare(home: Home, order: Order, certificates: Mapping[str, bytes]) -> Path
 
 def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
     """Write the order down and start the process; machines can connect when this returns. May be repeated. Raises
-    RestoreError with the reason when nobody answers in time; the process goes on trying then."""
-    _KIND.start(home, order.name, order, settings_file)
-    _KIND.await_state(home, order.name, _is_ready, _START, "the server")
+    RestoreError with the reason when nobody answers in time, and the process goes on trying then; or when it has ended
+    before: its repository could not be opened."""
+    key = _KIND.start(home, order.name, order, settings_file)
+    _KIND.await_state(home, order.name, key, _is_ready, _START, "the server")
 
 
 def _socket(home: Home, uuid: str) -> Path:
@@ -144,7 +146,7 @@ def _socket(home: Home, uuid: str) -> Path:
 
 def _is_ready(found: Mapping[str, Any]) -> bool:
     """Of a state: an old one says nothing of a process that has just begun."""
-    return found.get("phase") == "done" or (bool(found.get("ready")) and lives(found.get("key", "")))
+    return bool(found.get("ready")) and lives(found.get("key", ""))
 
 
 def tidy(home: Home, name: str) -> None:
@@ -183,6 +185,7 @@ class Serving:
         self._grace = _GRACE
         self._last: tuple[object, ...] = ()  # what was last seen of any machine
         self._last_time = 0.0
+        self._failed = ""
         self._over = 0.0  # since when the machine has let go, 0 while it has not
 
     def run(self) -> None:
@@ -198,9 +201,18 @@ class Serving:
                 with spec.open() as repo, repo.session(f"{self._order.target} boots from {self._order.point}"):
                     while not self._step():
                         time.sleep(_TICK)
+            except RewindError as error:
+                self._fail(error)
+                raise
             finally:  # also when the folder is gone: nobody else knows of this view then
                 self._daemon.stop()
                 self._view.stop()
+
+    def _fail(self, error: RewindError) -> None:
+        """Say why we end: whoever began us waits for it."""
+        self._failed = str(error)
+        with suppress(OSError):  # the folder may be gone
+            self._note(read_record(self._folder / CONTROL))
 
     def _begin(self) -> None:
         """Go on from what the process before knew, and say who we are: a repository and a view take their time to
@@ -281,7 +293,7 @@ class Serving:
             "done": record.done, "total": record.total or sum(ref.size for ref in self._order.exports.values()),
             "rate": self._pace.of(record, time.monotonic()), "read": record.read, "written": record.written,
             "boots": record.boots, "service": record.service, "heard": self._heard,
-            "error": self._view.error or self._daemon.error or record.error or self._sent_away(record),
+            "error": self._failed or self._view.error or self._daemon.error or record.error or self._sent_away(record),
         }  # fmt: skip
         if now == self._written:
             return

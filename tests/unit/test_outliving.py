@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
@@ -12,6 +13,7 @@ from appliance.errors import ConfigError, RestoreError
 from appliance.model import MapRef
 from appliance.process import process_key
 from appliance.restore import hydrate, outliving, serve
+from tests.support.limits import limit
 
 MAP = MapRef(bytes(16), 1 << 20)
 SPEC = json.dumps({"url": "/repo", "cache": "/cache", "key_file": None, "key_fd": None})
@@ -58,6 +60,25 @@ def test_a_state_of_before_is_no_answer(home):
     serve.folder(home, "rack").mkdir(parents=True)
     old = {"ready": True, "phase": "waiting", "key": "1:0", "error": "no repository"}
     outliving.write_state(serve.folder(home, "rack"), old)
+    us = process_key(os.getpid())
     with pytest.raises(RestoreError, match="the server of 'rack' does not start: no repository"):
-        serve._KIND.await_state(home, "rack", serve._is_ready, 0.1, "the server")
-    assert serve._is_ready({**old, "key": process_key(os.getpid())})
+        serve._KIND.await_state(home, "rack", us, serve._is_ready, 0.1, "the server")
+    assert serve._is_ready({**old, "key": us})
+
+
+def test_a_session_that_is_done_is_served_again_only_when_somebody_answers(home):
+    assert not serve._is_ready({"ready": True, "phase": "done", "key": "1:0"})
+    assert hydrate._is_ready({"phase": "done", "key": "1:0", "view": ""})
+
+
+@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (serve, SERVED)])
+def test_a_process_that_ends_at_once_is_not_waited_for(kind, order, home, monkeypatch):
+    """P6-14: it would be a minute, in which nobody else can have the name, and without a reason."""
+    home.create()
+    kind.folder(home, order.name if kind is serve else order.domain).mkdir(parents=True)
+    monkeypatch.setattr(outliving.sys, "executable", "/bin/false")
+    began = time.monotonic()
+    with pytest.raises(RestoreError, match="does not start: its process has ended") as error:
+        kind.launch(home, order)
+    assert time.monotonic() - began < limit(5)
+    assert error.value.hint == f"`tail {home.log}/{kind.__name__.rpartition('.')[2]}.log` shows its last words"

@@ -414,7 +414,7 @@ def test_server_says_who_it_is_before_anything_takes_time(serving, monkeypatch):
     monkeypatch.setattr(serving, "_spec", lambda: SimpleNamespace(key_fd=None, open=opened))
     with pytest.raises(RestoreError):
         serving.run()
-    assert seen == [process_key(os.getpid())]
+    assert seen == [process_key(os.getpid())] and known(serving)["error"] == "no repository"
 
 
 def test_server_whose_folder_is_gone_leaves_no_view(serving, monkeypatch):
