@@ -175,7 +175,7 @@ class Serving:
         self._socket = _socket(home, order.uuid)
         self._view = KeptView(name, self._make_view, self._socket, settings.view_timeout)
         place = Place(order.host, order.port, order.tls)
-        log = home.log / "serve-daemon.log"
+        log = home.log / f"serve-daemon-{name}.log"
         self._daemon = StorageDaemon(name, place, order.exports, self._folder, self._socket, log)
         self._claims = claims.Claims(self._folder / claims.CLAIM, time.monotonic)
         self._pace = Pace()

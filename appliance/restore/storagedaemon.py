@@ -82,7 +82,7 @@ class StorageDaemon:
     def _start(self, boot: str, now: float) -> None:
         try:
             self._child = Child(self._command(boot), name="qemu-storage-daemon", log=self._log)
-        except ToolFailed as error:  # it may be installed anew just now
+        except (ToolFailed, OSError) as error:  # it may be installed anew just now, or there is no room for its log
             self.error = str(error)
             _log.warning("%s: %s", self._name, self.error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported, R
 from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import alone, process_key
-from appliance.restore import claim, control, hydrate, serve
+from appliance.restore import claim, control, hydrate, serve, storagedaemon
 from appliance.restore.storagedaemon import Place, StorageDaemon
 from appliance.service.image import starting, streaming
 from appliance.store import RepositorySpec
@@ -539,6 +540,28 @@ def test_storage_daemon_that_does_not_live(last, told, tmp_path, monkeypatch):
     found.tend("")
     assert found.error == f"the storage daemon has ended: {told}"
     found.stop()
+
+
+def test_storage_daemon_without_room_for_its_log_is_started_later(tmp_path, monkeypatch):
+    found = StorageDaemon("rack", Place("127.0.0.1", 1, False), (), tmp_path, tmp_path / "view", tmp_path / "log")
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "log"))
+    monkeypatch.setattr(storagedaemon, "Child", MagicMock(side_effect=full))
+    found.tend("")
+    assert "No space left on device" in found.error
+    monkeypatch.undo()
+    monkeypatch.setattr(found, "_command", lambda _boot: ["sleep", "60"])
+    found._next_start = 0.0
+    found.tend("")
+    assert found._child is not None
+    found.stop()
+
+
+def test_last_words_of_a_storage_daemon_are_its_own(serving, monkeypatch):
+    """In a log of all sessions another's may come last."""
+    made = MagicMock()
+    monkeypatch.setattr(serve, "StorageDaemon", made)
+    serve.Serving(serving._home, "rack", load_settings(serving._home))
+    assert made.call_args.args[-1] == serving._home.log / "serve-daemon-rack.log"
 
 
 def session_of(serving):
