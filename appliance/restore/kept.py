@@ -171,19 +171,24 @@ def views_of(place: Path) -> list[str]:
 
 
 def holders(path: Path) -> list[str]:
-    """Keys of the processes, but for ours, that have that file open."""
+    """Keys of the processes, but for ours, that hold a lock on that file (`process.alone`), and not of those that only
+    read it, as a backup does."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
-                if any(_leads_to(handle, path) for handle in (entry / "fd").iterdir()):
+                if any(_locks(handle, path) for handle in (entry / "fd").iterdir()):
                     found.append(process_key(int(entry.name)))
     return found
 
 
-def _leads_to(handle: Path, path: Path) -> bool:
+def _locks(handle: Path, path: Path) -> bool:
+    """The kernel tells of each open file which locks it has: /proc/locks would have to be matched by numbers, which are
+    not everywhere the ones that stat tells."""
     try:
-        return os.readlink(handle) == os.path.realpath(path)
+        if os.readlink(handle) != os.path.realpath(path):
+            return False
+        return "FLOCK" in (handle.parents[1] / "fdinfo" / handle.name).read_text()
     except OSError:  # it was closed meanwhile
         return False
 

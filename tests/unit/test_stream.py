@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -430,16 +431,31 @@ def test_server_whose_folder_is_gone_leaves_no_view(serving, monkeypatch):
 
 def test_forgetting_ends_a_server_that_could_not_say_who_it_is(serving):
     """Its disk was full, or it has just begun."""
-    holds = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, 2); print('held', flush=True); input()"
-    command = [sys.executable, "-c", holds, serving._folder / "serve.lock"]
+    with opens(serving._folder / "serve.lock", "fcntl.flock(file, 2)") as process:
+        serve.tidy(serving._home, "rack")
+        assert process.wait(5) == -signal.SIGKILL
+    assert not serving._folder.exists()
+
+
+def test_forgetting_ends_nobody_who_only_reads_the_lock_file(serving):
+    """A backup of the home, or `grep -r`."""
+    with opens(serving._folder / "serve.lock", "pass") as process:
+        serve.tidy(serving._home, "rack")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+
+
+@contextmanager
+def opens(path, then):
+    """A process that has that file open."""
+    script = f"import fcntl, sys; file = open(sys.argv[1], 'w'); {then}; print('open', flush=True); input()"
+    command = [sys.executable, "-c", script, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
-            assert process.stdout.readline() == b"held\n"
-            serve.tidy(serving._home, "rack")
-            assert process.wait(5) == -signal.SIGKILL
+            assert process.stdout.readline() == b"open\n"
+            yield process
         finally:
             process.kill()
-    assert not serving._folder.exists()
 
 
 def test_machine_keeps_its_root_while_the_server_is_deaf(serving, clock):
