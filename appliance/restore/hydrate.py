@@ -107,7 +107,6 @@ def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> 
     """Write the order down and start the process; its view can be read when this returns. May be repeated. Raises
     RestoreError with the reason when there is no view in time, and the process goes on trying then; or when it has
     ended before."""
-    folder(home, order.domain).mkdir(parents=True, exist_ok=True)
     key = _KIND.start(home, order.domain, order, settings_file)
     _KIND.await_state(home, order.domain, key, _is_ready, _START, "the view")
 

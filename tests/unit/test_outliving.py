@@ -72,6 +72,13 @@ def test_a_session_that_is_done_is_served_again_only_when_somebody_answers(home)
 
 
 @pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (serve, SERVED)])
+def test_what_was_forgotten_is_not_made_again(kind, order, home):
+    with pytest.raises(FileNotFoundError):
+        kind.launch(home, order)
+    assert kind.names(home) == []
+
+
+@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (serve, SERVED)])
 def test_a_process_that_ends_at_once_is_not_waited_for(kind, order, home, monkeypatch):
     """P6-14: it would be a minute, in which nobody else can have the name, and without a reason."""
     home.create()

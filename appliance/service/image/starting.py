@@ -168,6 +168,7 @@ def _define(
         {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder), settles,
     )  # fmt: skip
     undo.callback(hydrate.tidy, session.home, name)
+    hydrate.folder(session.home, name).mkdir(parents=True, exist_ok=True)
     hydrate.launch(session.home, order, session.settings_file)
     for place, one in zip(places, disks, strict=True):
         _overlay(new_disks[place], one, fit, (uid, gid))
