@@ -115,6 +115,13 @@ def test_codes_that_are_no_errors_are_in_the_table_of_help(name, codes):
     assert found[: 1 + len(codes)] == ["0", *codes]
 
 
+@pytest.mark.parametrize("name", ["start", "serve", "resume", "forget"])
+def test_verbs_that_take_a_name_alone_tell_that_it_may_be_held(name):
+    [command] = [command for path, command in commands() if path[-2:] == ("image", name)]
+    table = command.get_help(click.Context(command, info_name=name)).partition("Exit codes:")[2]
+    assert re.search(r"^ +31 ", table, re.MULTILINE)
+
+
 def test_help_is_there_at_once():
     """Without libvirt, boto3 or pydantic being imported. Processor time, because this machine is shared."""
     best = 9.0

@@ -30,6 +30,7 @@ from appliance.errors import (
     GuestUnreadable,
     ImageError,
     InGap,
+    Locked,
     NoSpace,
     NoSuchPoint,
     NoSuchTarget,
@@ -403,7 +404,7 @@ def _build(
 
 
 @verb("start", *_POINT, ConnectError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, AlreadyExists,
-      TargetExists, NotSupported, ImageError, NoSpace)  # fmt: skip
+      TargetExists, NotSupported, ImageError, RestoreError, Locked, NoSpace)  # fmt: skip
 @domain_argument()
 @_WHEN
 @_TARGET
@@ -461,7 +462,7 @@ def _list(context: Context) -> None:
         context.output.note("nothing was brought up from here; `rewind image start` and `serve` do it")
 
 
-@verb("resume", ConfigError, RestoreError)
+@verb("resume", ConfigError, RestoreError, Locked)
 @click.argument("name")
 def _resume(context: Context, name: str) -> None:
     """Go on filling the disks of a domain or machine that was brought up, after this host was restarted."""
@@ -476,7 +477,7 @@ def _resume(context: Context, name: str) -> None:
             emit_running(context, starting.follow(session, name, meter.update))
 
 
-@verb("forget", ConnectError)
+@verb("forget", ConnectError, Locked)
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Also a machine that still needs it: what it has written is lost.")
 def _forget(context: Context, name: str, force: bool) -> None:

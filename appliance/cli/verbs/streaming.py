@@ -19,6 +19,7 @@ from appliance.errors import (
     GuestUnreadable,
     ImageError,
     InGap,
+    Locked,
     NoSpace,
     NoSuchPoint,
     NoSuchTarget,
@@ -52,7 +53,7 @@ def _local(_ctx: click.Context, _param: click.Parameter, values: Any) -> dict[st
 
 
 @verb("serve", *_POINT, ConfigError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, NotSupported,
-      AlreadyExists, ImageError, RestoreError, NoSpace)  # fmt: skip
+      AlreadyExists, ImageError, RestoreError, Locked, NoSpace)  # fmt: skip
 @domain_argument()
 @click.option("--at", "when", required=True, metavar="WHEN", shell_complete=complete_when,
               help="A point, a label, a time, `10m ago`, `latest`, `#81726` (a write).")  # fmt: skip
