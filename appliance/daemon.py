@@ -51,8 +51,8 @@ _ROUND = 5.0
 # A revert that could not be ended is tried again after this, then after twice as long, and so on up to an hour: a
 # person may have to help first, and needs the domain's lock for that.
 _AGAIN, _AGAIN_AT_MOST = 60.0, 3600.0
-# One that starts and ends at once must not become a loop.
-_TAP_AGAIN = 5.0
+# One that starts and ends at once, or that somebody else holds, must not become a loop.
+_SOON = 5.0
 # The keys of a test, and of all images that go on, among what is running.
 _TEST, _IMAGES = "test", "images"
 
@@ -127,8 +127,7 @@ class Daemon:
             return set()
         for one in waiting:
             when, failures = self._resumed.get(one.uuid, (0.0, 0))
-            pause = min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else 0.0
-            if one.uuid not in self._running and time.time() >= when + pause:
+            if one.uuid not in self._running and time.time() >= when + _pause(failures):
                 self._running[one.uuid] = pool.submit(self._resume, one, failures)
         return held
 
@@ -141,8 +140,7 @@ class Daemon:
             for name in kind.unfinished(self._home):
                 key = f"image {name}"
                 when, failures = self._resumed.get(key, (0.0, 0))
-                pause = min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else 0.0
-                if not lives(kind.state(self._home, name).get("key", "")) and time.time() >= when + pause:
+                if not lives(kind.state(self._home, name).get("key", "")) and time.time() >= when + _pause(failures):
                     waiting.append((kind is serve, name, key, failures))
         if waiting:
             self._running[_IMAGES] = pool.submit(self._resume_each, waiting)
@@ -165,6 +163,8 @@ class Daemon:
                     starting.resume(session, name)
         except Locked as error:
             log.info("image %s: %s", name, error)  # whoever begins or forgets it has come first
+            with self._telling:
+                self._resumed[key] = (time.time(), failures)
         except RewindError as error:
             self._image_not_resumed(name, key, failures, error.message + (f" ({error.hint})" if error.hint else ""))
         except Exception as error:
@@ -172,7 +172,7 @@ class Daemon:
             self._image_not_resumed(name, key, failures, f"unexpected {type(error).__name__}: {error}")
         else:
             with self._telling:
-                self._resumed.pop(key, None)
+                self._resumed[key] = (time.time(), 0)
             self._say("resumed", name, "it is served again" if served else "its disks are being filled again")
 
     def _image_not_resumed(self, name: str, key: str, failures: int, detail: str) -> None:
@@ -184,8 +184,8 @@ class Daemon:
         """Of domains that nobody works on now; the process itself waits for them to run."""
         for record in protection.all_records(self._home):
             when, failures = self._tapped.get(record.uuid, (0.0, 0))
-            pause = min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else _TAP_AGAIN
-            if record.uuid not in self._running and missing(self._home, record) and time.time() >= when + pause:
+            now = time.time()
+            if record.uuid not in self._running and missing(self._home, record) and now >= when + _pause(failures):
                 self._running[record.uuid] = pool.submit(self._start_tap, record, failures)
 
     def _start_tap(self, record: Protection, failures: int) -> None:
@@ -319,6 +319,8 @@ class Daemon:
                 results = resume(session, pending.uuid)
         except Locked as error:
             log.info("revert of %s: %s", pending.domain, error)  # somebody else has come first
+            with self._telling:
+                self._resumed[pending.uuid] = (time.time(), failures)
         except NothingToResume:
             pass
         except RewindError as error:
@@ -381,6 +383,11 @@ class Daemon:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _pause(failures: int) -> float:
+    """Seconds after which it is tried again."""
+    return min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else _SOON
 
 
 def _notify(state: str) -> None:

@@ -185,6 +185,19 @@ def test_a_revert_that_cannot_be_ended_is_told_and_tried_later(session, monkeypa
     assert reverts.calls == ["web", "web"]
 
 
+def test_a_revert_of_a_domain_that_somebody_holds_is_tried_a_little_later(session, monkeypatch):
+    Points(monkeypatch)
+    reverts, events = Reverts(monkeypatch, "web"), []
+    reverts.broken = Locked(url="domain 'web'", holder="rewind resume")
+    daemon = Daemon(session, events.append)
+    run_for(daemon, 0.3)
+    assert reverts.calls == ["web"] and events == []
+    daemon._resumed["uuid-web"] = (time.time() - 6, 0)
+    reverts.broken = None
+    run_for(daemon, 0.2)
+    assert reverts.calls == ["web"] * 2 and [one.kind for one in events] == ["resumed"]
+
+
 class Images:
     """Pretends that machines and domains were brought up from this home, and that nobody works for them any more."""
 
@@ -247,8 +260,13 @@ def test_a_machine_that_somebody_else_begins_or_forgets_is_no_failure(session, m
     images, events = Images(monkeypatch, session.home), []
     images.add(serve, "rack1", phase="pulling", key="1:0")
     images.broken = Locked(url="the name 'rack1'", holder="another `rewind image`")
-    Daemon(session, events.append).round()
-    assert images.calls == [("served", "rack1")] and events == []
+    daemon = Daemon(session, events.append)
+    run_for(daemon, 0.4)
+    assert images.calls == [("served", "rack1")] and events == []  # and not in a loop
+    daemon._resumed["image rack1"] = (time.time() - 6, 0)
+    images.broken = None
+    run_for(daemon, 0.2)
+    assert images.calls == [("served", "rack1")] * 2 and [one.kind for one in events] == ["resumed"]
 
 
 @pytest.mark.parametrize("broken", [NotRecoverable(point="p", reason="no repository"), ZeroDivisionError("surprise")])
