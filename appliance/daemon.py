@@ -53,8 +53,9 @@ _ROUND = 5.0
 _AGAIN, _AGAIN_AT_MOST = 60.0, 3600.0
 # One that starts and ends at once, or that somebody else holds, must not become a loop.
 _SOON = 5.0
-# The keys of a test, and of all images that go on, among what is running.
-_TEST, _IMAGES = "test", "images"
+# The keys among what is running of a test, and of what was brought up: two at a time, since each may wait for a minute
+# for a repository that is away, and points are due meanwhile.
+_TEST, _IMAGES = "test", ("images 1", "images 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ class Daemon:
         self._wake, self._stop = threading.Event(), threading.Event()
         self._tried: dict[str, tuple[float, int]] = {}  # uuid → (when, failures in a row); guarded by _telling
         self._running: dict[str, Future[None]] = {}  # touched by the loop's thread only
-        self._resumed: dict[str, tuple[float, int]] = {}  # revert's domain → as _tried; guarded by _telling
+        self._resumed: dict[str, tuple[float, int]] = {}  # revert's domain, or image → as _tried; guarded by _telling
+        self._resuming: set[str] = set()  # images; guarded by _telling
         self._tested: dict[str, tuple[float, int]] = {}  # uuid → (when to look, failures in a row); as _tried
         self._tapped: dict[str, tuple[float, int]] = {}  # domain without a tap process → as _tried; guarded by _telling
 
@@ -133,23 +135,35 @@ class Daemon:
 
     def _resume_images(self, pool: ThreadPoolExecutor) -> None:
         """Domains and machines that were brought up and whose disks nobody fills any more."""
-        if _IMAGES in self._running:
-            return
-        waiting = []
-        for kind in (hydrate, serve):
-            for name in kind.unfinished(self._home):
-                key = f"image {name}"
-                when, failures = self._resumed.get(key, (0.0, 0))
-                if not lives(kind.state(self._home, name).get("key", "")) and time.time() >= when + _pause(failures):
-                    waiting.append((kind is serve, name, key, failures))
-        if waiting:
-            self._running[_IMAGES] = pool.submit(self._resume_each, waiting)
+        for key in _IMAGES:
+            if key not in self._running and self._waiting(time.time()):
+                self._running[key] = pool.submit(self._resume_each)
 
-    def _resume_each(self, waiting: list[tuple[bool, str, str, int]]) -> None:
-        """One after the other: each may take a minute, in which points are due."""
-        for one in waiting:
-            if not self._stop.is_set():
-                self._resume_image(*one)
+    def _waiting(self, before: float) -> list[tuple[int, bool, str]]:
+        """(failures, a domain and no machine, name) of what nobody works for and was last tried before then. First what
+        never failed: a machine that lives and has just lost its server must not wait for what does not come back."""
+        found = []
+        for kind in (hydrate, serve):
+            for name in set(kind.unfinished(self._home)) - self._resuming:
+                when, failures = self._resumed.get(f"image {name}", (0.0, 0))
+                ready = when < before and time.time() >= when + _pause(failures)
+                if ready and not lives(kind.state(self._home, name).get("key", "")):
+                    found.append((failures, kind is hydrate, name))
+        return sorted(found)
+
+    def _resume_each(self) -> None:
+        """One after the other, each once. Looks anew before each: it may have been forgotten, or have ended."""
+        began = time.time()
+        while not self._stop.is_set():
+            with self._telling:
+                waiting = self._waiting(began)[:1]
+                self._resuming.update(name for *_, name in waiting)
+            if not waiting:
+                break
+            [(failures, filled, name)] = waiting
+            self._resume_image(not filled, name, f"image {name}", failures)
+            with self._telling:
+                self._resuming.discard(name)
         self._wake.set()
 
     def _resume_image(self, served: bool, name: str, key: str, failures: int) -> None:
@@ -178,7 +192,10 @@ class Daemon:
     def _image_not_resumed(self, name: str, key: str, failures: int, detail: str) -> None:
         with self._telling:
             self._resumed[key] = (time.time(), failures + 1)
-        self._say("failed", name, detail)
+        if name in hydrate.names(self._home) or name in serve.names(self._home):
+            self._say("failed", name, detail)
+        else:
+            log.info("image %s was forgotten meanwhile: %s", name, detail)
 
     def _start_taps(self, pool: ThreadPoolExecutor) -> None:
         """Of domains that nobody works on now; the process itself waits for them to run."""

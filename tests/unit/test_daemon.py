@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -19,7 +20,7 @@ from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.config import Home
 from appliance.daemon import Daemon
-from appliance.errors import DomainNotFound, Locked, NoSuchTemplate, NotRecoverable
+from appliance.errors import ConfigError, DomainNotFound, Locked, NoSuchTemplate, NotRecoverable
 from appliance.model import Consistency, Point
 from appliance.process import process_key
 from appliance.restore import hydrate, serve
@@ -254,6 +255,60 @@ def test_points_are_taken_while_machines_do_not_come_back(session, monkeypatch):
     waits.set()
     thread.join()
     assert taken == ["web"] and len(images.calls) == 6
+
+
+class Slow:
+    """Has what is resumed wait, as for a repository that is away, while `with` lasts."""
+
+    def __init__(self, monkeypatch, images, daemon):
+        self.images, self.waits, self.begun = images, threading.Event(), []
+        self.thread = threading.Thread(target=daemon.round)
+        again = images.again
+        monkeypatch.setattr(images, "again", lambda how, name: (self.begin(name), again(how, name)))
+
+    def begin(self, name):
+        self.begun.append(name)
+        self.waits.wait(limit(60))
+
+    def __enter__(self):
+        self.thread.start()
+        deadline = time.monotonic() + limit(5)
+        while len(self.begun) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        return self
+
+    def __exit__(self, *_):
+        self.waits.set()
+        self.thread.join()
+
+
+def test_machine_that_lives_does_not_wait_for_those_that_do_not_come_back(session, monkeypatch):
+    """P6-14: its server has died, while a minute is spent on each of many that failed before."""
+    images, daemon = Images(monkeypatch, session.home), Daemon(session, lambda _event: None)
+    all_racks = [f"rack{number}" for number in range(6)]
+    for name in all_racks:
+        images.add(serve, name, phase="pulling", key="1:0")
+        daemon._resumed[f"image {name}"] = (time.time() - 100, 1)
+    with Slow(monkeypatch, images, daemon) as slow:
+        assert sorted(slow.begun) == ["rack0", "rack1"]
+        images.add(hydrate, "twin", phase="pulling", key="1:0")
+        images.add(serve, "well", phase="pulling", key="1:0")
+        assert [name for *_, name in daemon._waiting(time.time())] == ["well", "twin", *all_racks[2:]]
+    assert sorted(slow.begun) == [*all_racks, "twin", "well"]
+
+
+def test_what_is_forgotten_or_ends_while_others_are_resumed_is_left_alone(session, monkeypatch):
+    images, events = Images(monkeypatch, session.home), []
+    for number in range(4):
+        images.add(serve, f"rack{number}", phase="pulling", key="1:0")
+    images.broken = ConfigError(reason="nothing is served as 'rack0' from here")
+    with Slow(monkeypatch, images, Daemon(session, events.append)) as slow:
+        shutil.rmtree(serve.folder(session.home, "rack0"))
+        shutil.rmtree(serve.folder(session.home, "rack2"))
+        (serve.folder(session.home, "rack3") / "state.json").write_text('{"phase": "done", "key": "1:0"}')
+    assert sorted(slow.begun) == ["rack0", "rack1"]
+    assert [one.domain for one in events if one.kind == "failed"] == ["rack1"]  # which is still there
 
 
 def test_a_machine_that_somebody_else_begins_or_forgets_is_no_failure(session, monkeypatch):
