@@ -74,9 +74,17 @@ class Child:
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid()) if die_with_parent else None,
             )
-            self._pidfd = os.pidfd_open(self._process.pid)
+            self._pidfd = self._opened()
         except BaseException:  # also Ctrl-C: no descriptor stays open
             os.close(self._log)
+            raise
+
+    def _opened(self) -> int:
+        try:
+            return os.pidfd_open(self._process.pid)
+        except BaseException:  # nobody would ever end it, and it may have a port that the next one needs
+            self._process.kill()
+            self._process.wait()
             raise
 
     def __enter__(self) -> Self:

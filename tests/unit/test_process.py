@@ -57,6 +57,15 @@ def test_a_child_ends_in_order_or_is_killed():
         assert child.stop(grace=0.2) == -signal.SIGKILL
 
 
+def test_a_child_that_cannot_be_held_does_not_live(tmp_path, monkeypatch):
+    """Without a descriptor for it nobody would ever end it."""
+    monkeypatch.setattr(os, "pidfd_open", lambda _pid: os.open(tmp_path / "none" / "left", os.O_RDONLY))
+    with pytest.raises(FileNotFoundError):
+        Child(["sh", "-c", f"sleep 0.5; echo lives >{tmp_path}/lives"], name="sh")
+    time.sleep(1)
+    assert not (tmp_path / "lives").exists()
+
+
 def test_a_stopped_child_can_be_killed():
     child = Child(["sleep", "60"], name="sleep")
     child.signal(signal.SIGSTOP)
