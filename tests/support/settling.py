@@ -68,13 +68,13 @@ def debian_files() -> Path:
     """What Debian's own packages for networks, SSH and clouds install, from the cache."""
     bookworm = packages.release() == "bookworm"
     netplan = ("netplan.io", "libnetplan0") if bookworm else ("netplan-generator", "libnetplan1")
-    names = (*netplan, "cloud-init", "ifupdown", "openssh-server")
+    names = (*netplan, "cloud-init", "python3-jinja2", "python3-markupsafe", "ifupdown", "openssh-server")
 
     def unpack(folder: Path) -> None:
         for name in names:
             packages.unpack(name, folder / "files")
 
-    return packages.cached(f"settle-files-{packages.release()}-1", unpack) / "files"
+    return packages.cached(f"settle-files-{packages.release()}-2", unpack) / "files"
 
 
 class Root:

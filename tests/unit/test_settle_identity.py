@@ -490,9 +490,8 @@ print(json.dumps({name: found.get(name) for name in names}))
 @pytest.mark.timeout(60)
 def test_cloud_init_takes_nothing_back(root):
     """P6-24: its own parser reads our settings last, and its own detector keeps the instance that it has."""
-    root.take(
-        debian_files(), "/etc/cloud", "/usr/lib/python3/dist-packages/cloudinit", "/usr/lib/cloud-init/ds-identify"
-    )
+    modules = [f"/usr/lib/python3/dist-packages/{name}" for name in ("cloudinit", "jinja2", "markupsafe")]
+    root.take(debian_files(), "/etc/cloud", "/usr/lib/cloud-init/ds-identify", *modules)
     root.write("/etc/cloud/cloud.cfg.d/99-mine.cfg", "preserve_hostname: false\nmanage_etc_hosts: true\n")
     root.write("/var/lib/cloud/instance/user-data.txt", "")
     done = identified(root, "cloud-init")
