@@ -15,11 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from appliance import daemon as module
 from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.config import Home
-from appliance.daemon import Daemon
+from appliance.daemon import Daemon, resuming
+from appliance.daemon import loop as module
+from appliance.daemon.shared import Tried
 from appliance.errors import ConfigError, DomainNotFound, Locked, NoSuchTemplate, NotRecoverable
 from appliance.model import Consistency, Point
 from appliance.process import process_key
@@ -134,9 +135,9 @@ class Reverts:
 
     def __init__(self, monkeypatch, *names):
         self.names, self.left, self.broken, self.calls = set(names), set(names), None, []
-        monkeypatch.setattr(module, "under_way", lambda _session: self.of(self.names))
-        monkeypatch.setattr(module, "abandoned", lambda _session: self.of(self.left))
-        monkeypatch.setattr(module, "resume", self)
+        monkeypatch.setattr(resuming, "under_way", lambda _session: self.of(self.names))
+        monkeypatch.setattr(resuming, "abandoned", lambda _session: self.of(self.left))
+        monkeypatch.setattr(resuming, "resume", self)
 
     @staticmethod
     def of(names):
@@ -178,10 +179,10 @@ def test_a_revert_that_cannot_be_ended_is_told_and_tried_later(session, monkeypa
     daemon = Daemon(session, events.append)
     run_for(daemon, 0.3)
     assert reverts.calls == ["web"] and [one.kind for one in events] == ["failed"]
-    daemon._resumed["uuid-web"] = (time.time() - 61, 1)
+    daemon._reverts._tries["uuid-web"] = Tried(time.time() - 61, 1)
     run_for(daemon, 0.3)
     assert reverts.calls == ["web", "web"]
-    daemon._resumed["uuid-web"] = (time.time() - 61, 2)
+    daemon._reverts._tries["uuid-web"] = Tried(time.time() - 61, 2)
     run_for(daemon, 0.3)
     assert reverts.calls == ["web", "web"]
 
@@ -193,7 +194,7 @@ def test_a_revert_of_a_domain_that_somebody_holds_is_tried_a_little_later(sessio
     daemon = Daemon(session, events.append)
     run_for(daemon, 0.3)
     assert reverts.calls == ["web"] and events == []
-    daemon._resumed["uuid-web"] = (time.time() - 6, 0)
+    daemon._reverts._tries["uuid-web"] = Tried(time.time() - 6, 0)
     reverts.broken = None
     run_for(daemon, 0.2)
     assert reverts.calls == ["web"] * 2 and [one.kind for one in events] == ["resumed"]
@@ -289,12 +290,12 @@ def test_machine_that_lives_does_not_wait_for_those_that_do_not_come_back(sessio
     all_racks = [f"rack{number}" for number in range(6)]
     for name in all_racks:
         images.add(serve, name, phase="pulling", key="1:0")
-        daemon._resumed[f"image {name}"] = (time.time() - 100, 1)
+        daemon._brought_up._tries[name] = Tried(time.time() - 100, 1)
     with Slow(monkeypatch, images, daemon) as slow:
         assert sorted(slow.begun) == ["rack0", "rack1"]
         images.add(hydrate, "twin", phase="pulling", key="1:0")
         images.add(serve, "well", phase="pulling", key="1:0")
-        assert [name for *_, name in daemon._waiting(time.time())] == ["well", "twin", *all_racks[2:]]
+        assert [name for *_, name in daemon._brought_up._waiting(time.time())] == ["well", "twin", *all_racks[2:]]
     assert sorted(slow.begun) == [*all_racks, "twin", "well"]
 
 
@@ -318,7 +319,7 @@ def test_a_machine_that_somebody_else_begins_or_forgets_is_no_failure(session, m
     daemon = Daemon(session, events.append)
     run_for(daemon, 0.4)
     assert images.calls == [("served", "rack1")] and events == []  # and not in a loop
-    daemon._resumed["image rack1"] = (time.time() - 6, 0)
+    daemon._brought_up._tries["rack1"] = Tried(time.time() - 6, 0)
     images.broken = None
     run_for(daemon, 0.2)
     assert images.calls == [("served", "rack1")] * 2 and [one.kind for one in events] == ["resumed"]
@@ -444,7 +445,7 @@ def test_a_test_that_cannot_be_made_is_tried_later(session, monkeypatch, error):
     daemon = rehearsed(session, events)
     assert len(pretended.asked) == 1 and events[0].kind == "failed"
     assert events[0].detail.startswith("its newest point could not be tested: ")
-    when, failures = daemon._tested["uuid-web"]
+    when, failures = daemon._verifying._tested["uuid-web"]
     assert failures == 1 and 30 < when - time.time() <= 60
 
 
