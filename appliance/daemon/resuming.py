@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from appliance.daemon.shared import Shared, Tries, reason, unexpected
 from appliance.errors import Locked, NothingToResume, RewindError
 from appliance.process import lives
-from appliance.restore import hydrate, serve
+from appliance.restore import hydrate, streams
 from appliance.service.recovery import resume
 from appliance.service.underway import Pending, abandoned, under_way
 
@@ -100,7 +100,7 @@ class BroughtUp:
         """(failures, a domain and no machine, name) of what nobody works for and was last tried before then. First what
         never failed: a machine that lives and has just lost its server must not wait for what does not come back."""
         found = []
-        for kind in (hydrate, serve):
+        for kind in (hydrate, streams):
             for name in set(kind.unfinished(self._shared.home)) - self._taken:
                 tried = self._tries[name]
                 ready = tried.when < before and tried.may_again
@@ -146,7 +146,7 @@ class BroughtUp:
 
     def _failed(self, name: str, failures: int, detail: str) -> None:
         self._tries.note(name, failures + 1)
-        if name in hydrate.names(self._shared.home) or name in serve.names(self._shared.home):
+        if name in hydrate.names(self._shared.home) or name in streams.names(self._shared.home):
             self._shared.say("failed", name, detail)
         else:
             log.info("image %s was forgotten meanwhile: %s", name, detail)

@@ -5,19 +5,8 @@
 What the machine writes goes into the overlays, which are durable when it is told so: the point never changes, and a
 machine that loses its power, or a server that is killed, goes on from there. One machine at a time is served, claim.py.
 
-    HOME/streams/NAME/order.json      what it has to do, written once
-    HOME/streams/NAME/state.json      {"key": its process, "view", "slot", "served", "ready", "answers", "phase",
-                                       "done", "total", "rate", "read", "written", "boots", "service", "heard", "error"}
-    HOME/streams/NAME/DISK.qcow2      what the machine has written to that disk
-    HOME/streams/NAME/control         what it has said (control.py)
-    HOME/streams/NAME/claim           which machine it is (claim.py)
-    HOME/streams/NAME/tls/            the certificates of the session, if there are any
-
-Phases: `waiting` (nobody came yet), `booting`, `pulling` or `copying`, `done` (the machine is alone), and for those who
-look: `stopped` when the process has died before. `answers`: a machine would be served now. `rate`: bytes a second that
-the local disks got in the last half minute. `heard`: when its machine last gave a sign of life, in seconds of Unix, 0
-for never. It ends when the machine says that it has let go. Its repository session keeps gc away from what still has to
-be read.
+It reads its order and writes down how it stands; those files, and what others do with them, are in streams.py. It ends
+when the machine says that it has let go. Its repository session keeps gc away from what still has to be read.
 
     python -m appliance.restore.serve HOME NAME [SETTINGS]
 """
@@ -26,37 +15,30 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
 from appliance.errors import RestoreError, RewindError
-from appliance.model import MapRef
-from appliance.process import alone, lives, process_key, run
+from appliance.process import alone, process_key
 from appliance.restore import claim as claims
-from appliance.restore import outliving
+from appliance.restore import outliving, streams
 from appliance.restore.control import CONTROL, Pace, Record, read_record, sign_of_life
-from appliance.restore.kept import KeptView, holders, kill, views_of
+from appliance.restore.kept import KeptView
 from appliance.restore.storagedaemon import Place, StorageDaemon
 
 if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
     from appliance.store import RepositorySpec
 
-__all__ = [
-    "Order", "Serving", "folder", "launch", "load", "names", "needed", "phase_of", "prepare", "state", "tidy",
-    "unfinished",
-]  # fmt: skip
+__all__ = ["Serving"]
 
-_LOCK = "serve.lock"
-_TICK, _START = 0.5, 60.0
+_TICK = 0.5
 # Since a machine was last heard of, once it has let go: it has to hear an answer to its last word. One that was started
 # anew after that is there for a machine which still has to boot and to ask, and waits for it for minutes. Not for ever,
 # whatever is heard: a wrong machine that boots again and again would keep all of it, and gc away.
@@ -71,108 +53,16 @@ _PHASES = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """`exports` are the disks of the point by their targets. `host` and `port` are where it listens; `tls` whether it
-    speaks with nobody who has no certificate. `mode` is `stream` or `copy`; `target` and `image` tell a person more."""
-
-    name: str
-    session: str
-    uuid: str
-    point: str
-    target: str
-    repository: str
-    exports: Mapping[str, MapRef]
-    host: str
-    port: int
-    tls: bool
-    mode: str
-    image: str
-
-    def to_json(self) -> dict[str, Any]:
-        exports = {name: [ref.root.hex(), ref.size, ref.place] for name, ref in self.exports.items()}
-        plain = {name: getattr(self, name) for name in self.__slots__ if name != "exports"}
-        return {**plain, "exports": exports}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Order:
-        exports = {name: MapRef(bytes.fromhex(one[0]), one[1], one[2]) for name, one in value["exports"].items()}
-        return cls(**{**value, "exports": exports})
-
-
-# --- for everybody --------------------------------------------------------------------------------------------------
-
-# All sessions of a home: their orders and how they stand.
-_KIND = outliving.Kind("streams", "appliance.restore.serve", Order.from_json)
-folder, names, load, state = _KIND.folder, _KIND.names, _KIND.load, _KIND.state
-unfinished, needed = _KIND.unfinished, _KIND.needed
-
-
-def phase_of(home: Home, name: str) -> str:
-    """The phase as it is now, `stopped` included."""
-    found = state(home, name)
-    phase = str(found.get("phase", "stopped"))
-    return phase if phase == "done" or lives(found.get("key", "")) else "stopped"
-
-
-def prepare(home: Home, order: Order, certificates: Mapping[str, bytes]) -> Path:
-    """The folder of a new session, with its overlays and certificates, but for the control file and the order that
-    makes it exist. Raises ToolFailed; the caller removes the folder then."""
-    where = folder(home, order.name)
-    where.parent.mkdir(mode=0o700, exist_ok=True)
-    where.mkdir(mode=0o700)
-    for disk, ref in order.exports.items():
-        run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", where / f"{disk}.qcow2", str(ref.size)])
-    claims.create(where / claims.CLAIM)
-    (where / "tls").mkdir(mode=0o700)
-    for name, data in certificates.items():
-        path = where / "tls" / name
-        path.touch(mode=0o600)
-        path.write_bytes(data)
-    return where
-
-
-def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
-    """Write the order down and start the process; machines can connect when this returns. May be repeated. Raises
-    RestoreError with the reason when nobody answers in time, and the process goes on trying then; or when it has ended
-    before: its repository could not be opened."""
-    key = _KIND.start(home, order.name, order, settings_file)
-    _KIND.await_state(home, order.name, key, _is_ready, _START, "the server")
-
-
-def _socket(home: Home, uuid: str) -> Path:
-    return home.run(uuid) / "stream.sock"
-
-
-def _is_ready(found: Mapping[str, Any]) -> bool:
-    """Of a state: an old one says nothing of a process that has just begun."""
-    return bool(found.get("ready")) and lives(found.get("key", ""))
-
-
-def tidy(home: Home, name: str) -> None:
-    """End a session and forget it, with what its machine has written. May be repeated."""
-    found, order = state(home, name), load(home, name)
-    # Whoever holds the lock may not have been able to write down who it is.
-    for one in (found.get("key", ""), *holders(folder(home, name) / _LOCK), found.get("view", "")):
-        kill(one)
-    for view in views_of(_socket(home, order.uuid)) if order is not None else ():
-        kill(view)  # of a server that was killed before it could write it down
-    shutil.rmtree(folder(home, name), ignore_errors=True)
-
-
-# --- the process ----------------------------------------------------------------------------------------------------
-
-
 class Serving:
     """One session. `run` is its only thread besides the one that pings the view."""
 
     def __init__(self, home: Home, name: str, settings: Settings) -> None:
-        order = load(home, name)
+        order = streams.load(home, name)
         if order is None:
             raise RestoreError(reason=f"nothing is known of a session called {name!r}")
         self._home, self._order, self._settings = home, order, settings
-        self._folder = folder(home, name)
-        self._socket = _socket(home, order.uuid)
+        self._folder = streams.folder(home, name)
+        self._socket = streams.socket_path(home, order.uuid)
         self._view = KeptView(name, self._make_view, self._socket, settings.view_timeout)
         place = Place(order.host, order.port, order.tls)
         log = home.log / f"serve-daemon-{name}.log"
@@ -190,7 +80,7 @@ class Serving:
 
     def run(self) -> None:
         """Until the machine has let go. Returns at once if somebody else does it."""
-        with alone(self._folder / _LOCK) as first:
+        with alone(self._folder / streams.LOCK) as first:
             if not first:
                 return
             self._begin()
@@ -217,7 +107,7 @@ class Serving:
     def _begin(self) -> None:
         """Go on from what the process before knew, and say who we are: a repository and a view take their time to
         open, and nobody may take us for dead meanwhile."""
-        before = state(self._home, self._order.name)
+        before = streams.state(self._home, self._order.name)
         self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
         self._life, self._heard = sign_of_life(self._folder / CONTROL), float(before.get("heard", 0.0))
         record = read_record(self._folder / CONTROL)

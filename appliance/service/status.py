@@ -64,7 +64,7 @@ class DomainState:
 
 def brought_up(session: Session) -> tuple[list[Running], list[Streamed]]:
     """Domains and machines that were brought up from here and whose disks are not their own yet, or that are gone."""
-    from appliance.restore import hydrate, serve
+    from appliance.restore import hydrate, streams
 
     started: list[Running] = []
     served: list[Streamed] = []
@@ -73,7 +73,7 @@ def brought_up(session: Session) -> tuple[list[Running], list[Streamed]]:
         from appliance.service.image import starting
 
         started = [one for one in starting.listing(session) if one.phase != "done"]
-    if serve.names(session.home):
+    if streams.names(session.home):
         from appliance.service.image import streaming
 
         served = [one for one in streaming.listing(session) if one.phase != "done"]

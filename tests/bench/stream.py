@@ -30,7 +30,7 @@ from typing import Any
 
 from appliance.config import Home
 from appliance.extents import Extent
-from appliance.restore import control, serve
+from appliance.restore import control, streams
 from tests.bench.rows import say
 from tests.guests import clients
 from tests.support import world
@@ -148,9 +148,9 @@ def _two_boot(imagery: Imagery, folder: Path, chosen: Options) -> dict[str, Any]
 def _copy_all(imagery: Imagery) -> None:
     """Who copies a disk by what it looks like from outside copies all of it. The list is read when a machine comes."""
     home = Home(imagery.home)
-    order = serve.load(home, NAME)
+    order = streams.load(home, NAME)
     assert order is not None
-    path = serve.folder(home, NAME) / control.CONTROL
+    path = streams.folder(home, NAME) / control.CONTROL
     path.unlink()
     control.create(path, {disk: [Extent(0, ref.size, False)] for disk, ref in order.exports.items()})
 

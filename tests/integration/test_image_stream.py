@@ -18,7 +18,7 @@ import pytest
 from appliance.daemon import Daemon
 from appliance.errors import ToolFailed
 from appliance.process import lives, run
-from appliance.restore import claim, control, kept, serve
+from appliance.restore import claim, control, kept, streams
 from appliance.service import Session
 from appliance.service.image import streaming
 from tests.support.limits import limit
@@ -40,7 +40,7 @@ def has_no_trouble(machine) -> None:
 
 def is_alone(source, iso, disk, folder, written) -> None:
     """The same medium starts the client from its disk, with all that it wrote, and nobody serves it."""
-    serve.tidy(source.home, source.order.name)
+    streams.tidy(source.home, source.order.name)
     with Machine(iso, disk, folder) as machine:
         machine.wait_for("^up$")
         found = machine.said("found")
@@ -80,7 +80,7 @@ def test_power_cut_before_the_last_word(source, tmp_path):
         machine.wait_for("^end$")
         machine.wait()
         written = machine.said("wrote")
-    folder, mark = serve.folder(source.home, source.order.name), f"rewind {source.order.session} vda"
+    folder, mark = streams.folder(source.home, source.order.name), f"rewind {source.order.session} vda"
     wait_for(lambda: source.state()["phase"] == "done" and not lives(source.state()["key"]))
     fill = re.search(rb"^fill \w+$", (folder / control.CONTROL).read_bytes(), re.MULTILINE)[0].decode()
     for path, offset, before, after in (
@@ -93,7 +93,7 @@ def test_power_cut_before_the_last_word(source, tmp_path):
             assert before in text
             file.seek(offset)
             file.write(text.replace(before, after).encode().ljust(4096, b"\0"))
-    serve.launch(source.home, source.order)
+    streams.launch(source.home, source.order)
     with Machine(iso, disk, tmp_path / "second") as machine:
         machine.wait_for("^up$")
         found = machine.said("found")
@@ -117,7 +117,7 @@ def test_session_goes_on_after_this_host_was_restarted(source):
     """P6-14: what lived in memory is gone with the processes; the daemon has the machine served again, by the one that
     was granted before, and nobody else."""
     source.serve()
-    where, boot = serve.folder(source.home, source.order.name), "0123456789abcdef"
+    where, boot = streams.folder(source.home, source.order.name), "0123456789abcdef"
     with (where / claim.CLAIM).open("r+b") as file:
         file.write(f"rewind 1\nboot {boot}\nmachine rack.1\nend\n".encode())
     wait_for(lambda: claim.read_answer(where / claim.CLAIM).granted == boot)
@@ -125,7 +125,7 @@ def test_session_goes_on_after_this_host_was_restarted(source):
     for key in (before, source.state()["view"]):
         kept.kill(key)
     shutil.rmtree(source.home.run(source.order.uuid))
-    assert serve.phase_of(source.home, source.order.name) == "stopped"
+    assert streams.phase_of(source.home, source.order.name) == "stopped"
     events = []
     with Session(source.home) as session:
         Daemon(session, events.append).round()
@@ -178,7 +178,7 @@ def test_source_is_killed_and_comes_back(source, tmp_path):
             else:
                 os.kill(int(source.state()["key"].partition(":")[0]), signal.SIGKILL)
                 time.sleep(chance.uniform(0.1, 4))
-                serve.launch(source.home, source.order)
+                streams.launch(source.home, source.order)
             kills += 1
         machine.wait_for("^end$", 600)
         machine.wait()
@@ -265,7 +265,7 @@ def test_session_that_is_over_on_another_machine(source, tmp_path):
     """P6-14: the disks of the client are in another machine: this one is told so and not started without them."""
     iso, disk = source.image(tmp_path / "image"), source.local()
     record = "rewind 1\nstate alone\nboots 1\nlocal vda nvme.elsewhere/196608\nend\n"
-    with (serve.folder(source.home, source.order.name) / control.CONTROL).open("r+b") as file:
+    with (streams.folder(source.home, source.order.name) / control.CONTROL).open("r+b") as file:
         file.write(record.encode())
     with Machine(iso, disk, tmp_path / "first") as machine:
         machine.wait()
@@ -371,7 +371,7 @@ def test_what_cannot_be_is_refused_on_the_console(what, said, source, tmp_path):
             file.write(b"somebody's data")
     before = disk.read_bytes()
     if what == "silent":
-        serve.tidy(source.home, source.order.name)
+        streams.tidy(source.home, source.order.name)
     with Machine(iso, disk, tmp_path / "first") as machine:
         machine.wait()
     assert "CANNOT GO ON" in machine.console, machine.console[-3000:]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from appliance import nbd
 from appliance.config import Home
-from appliance.restore import control, serve
+from appliance.restore import control, streams
 from appliance.restore.export import ViewServer
 from appliance.service import Session
 from appliance.service.setup import init
@@ -111,7 +111,7 @@ class Source:
         self.folder = folder
         self.disk = _disk(folder)
         self.home = Home(Path(tempfile.mkdtemp(prefix="rws")))
-        self.order: serve.Order | None = None
+        self.order: streams.Order | None = None
 
     def __enter__(self) -> Source:
         with Session(self.home) as session:
@@ -126,20 +126,20 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         if self.order is not None:
-            serve.tidy(self.home, self.order.name)
+            streams.tidy(self.home, self.order.name)
         shutil.rmtree(self.home.path, ignore_errors=True)
 
     def serve(self, mode: str = "stream", image: str = "") -> Certificates:
         """A session, whose server has greeted."""
         session = f"rewind-{uuid.uuid4().hex[:16]}"
         certificates = make_certificates(session)
-        self.order = serve.Order(
+        self.order = streams.Order(
             "tiny", session, str(uuid.uuid4()), "point", "target", self.spec.to_json(), {"vda": self.map}, "127.0.0.1",
             free_port(), True, mode, image,
         )  # fmt: skip
-        where = serve.prepare(self.home, self.order, certificates.server)
+        where = streams.prepare(self.home, self.order, certificates.server)
         control.create(where / control.CONTROL, {"vda": self._extents()} if mode == "copy" else {})
-        serve.launch(self.home, self.order)
+        streams.launch(self.home, self.order)
         return certificates
 
     def image(self, folder: Path, mode: str = "stream", **options) -> Path:
@@ -164,10 +164,10 @@ class Source:
                 return disk.extents(0, disk.size())
 
     def state(self) -> dict:
-        return serve.state(self.home, "tiny")
+        return streams.state(self.home, "tiny")
 
     def record(self) -> control.Record:
-        return control.read_record(serve.folder(self.home, "tiny") / control.CONTROL)
+        return control.read_record(streams.folder(self.home, "tiny") / control.CONTROL)
 
     def local(self, size: int = DISK_BYTES + (8 << 20)) -> Path:
         """An empty disk for a machine."""

@@ -31,7 +31,7 @@ from appliance.config import Home, write_json
 from appliance.hypervisor.base import Disk, DomainState
 from appliance.model import Consistency, DiskPoint, MapRef, Point, PointStats, Timeline
 from appliance.process import process_key
-from appliance.restore import outliving, serve
+from appliance.restore import outliving, streams
 from appliance.service import Session
 from appliance.timeline.ledger import Ledger
 from appliance.units import CHUNK
@@ -1211,15 +1211,15 @@ def test_status_warns_of_a_silent_hypervisor_and_of_a_missing_daemon(web):
 def streams_to_a_machine(web, **state):
     """A session that is 64 MiB large, with a process that lives."""
     exports = {"vda": MapRef(b"x" * 16, 64 << 20, 3)}
-    order = serve.Order(
+    order = streams.Order(
         "rack", "rewind-1", UUID, NEWEST, "rack7", "{}", exports, "127.0.0.1", 10809, True, "stream", "/i"
     )  # fmt: skip
     home = Home(web.home)
-    if serve.load(home, "rack") is None:
-        serve.prepare(home, order, {})
-        write_json(serve.folder(home, "rack") / "order.json", order.to_json())
+    if streams.load(home, "rack") is None:
+        streams.prepare(home, order, {})
+        write_json(streams.folder(home, "rack") / "order.json", order.to_json())
     key = process_key(os.getpid())
-    outliving.write_state(serve.folder(home, "rack"), {"key": key, "total": 64 << 20, **state})
+    outliving.write_state(streams.folder(home, "rack"), {"key": key, "total": 64 << 20, **state})
 
 
 def test_status_shows_how_far_a_machine_is_that_boots_from_here(web):

@@ -24,7 +24,7 @@ from appliance.daemon.shared import Tried
 from appliance.errors import ConfigError, DomainNotFound, Locked, NoSuchTemplate, NotRecoverable
 from appliance.model import Consistency, Point
 from appliance.process import process_key
-from appliance.restore import hydrate, serve
+from appliance.restore import hydrate, streams
 from appliance.service import Session
 from appliance.service.image import evidence, scheduled, starting, streaming, verifying
 from appliance.service.setup import init
@@ -226,11 +226,11 @@ def test_what_was_brought_up_goes_on_after_the_host_was_restarted(session, monke
     process is left alone."""
     images, events = Images(monkeypatch, session.home), []
     for name in ("rack1", "rack2"):
-        images.add(serve, name, phase="pulling", key="1:0")
+        images.add(streams, name, phase="pulling", key="1:0")
         images.add(hydrate, f"twin-{name}", phase="pulling", key="1:0")
-    images.add(serve, "new")  # it was killed before it could say anything
-    images.add(serve, "alone", phase="done", key="1:0")
-    images.add(serve, "well", phase="booting", key=process_key(os.getpid()))
+    images.add(streams, "new")  # it was killed before it could say anything
+    images.add(streams, "alone", phase="done", key="1:0")
+    images.add(streams, "well", phase="booting", key=process_key(os.getpid()))
     daemon = Daemon(session, events.append)
     daemon.round()
     expected = [("served", "new"), ("served", "rack1"), ("served", "rack2")]
@@ -244,7 +244,7 @@ def test_points_are_taken_while_machines_do_not_come_back(session, monkeypatch):
     again = images.again
     monkeypatch.setattr(images, "again", lambda how, name: (waits.wait(limit(60)), again(how, name)))
     for number in range(6):
-        images.add(serve, f"rack{number}", phase="pulling", key="1:0")
+        images.add(streams, f"rack{number}", phase="pulling", key="1:0")
     protect(session, "web")
     daemon = Daemon(session, lambda _event: None)
     thread = threading.Thread(target=daemon.round)
@@ -289,12 +289,12 @@ def test_machine_that_lives_does_not_wait_for_those_that_do_not_come_back(sessio
     images, daemon = Images(monkeypatch, session.home), Daemon(session, lambda _event: None)
     all_racks = [f"rack{number}" for number in range(6)]
     for name in all_racks:
-        images.add(serve, name, phase="pulling", key="1:0")
+        images.add(streams, name, phase="pulling", key="1:0")
         daemon._brought_up._tries[name] = Tried(time.time() - 100, 1)
     with Slow(monkeypatch, images, daemon) as slow:
         assert sorted(slow.begun) == ["rack0", "rack1"]
         images.add(hydrate, "twin", phase="pulling", key="1:0")
-        images.add(serve, "well", phase="pulling", key="1:0")
+        images.add(streams, "well", phase="pulling", key="1:0")
         assert [name for *_, name in daemon._brought_up._waiting(time.time())] == ["well", "twin", *all_racks[2:]]
     assert sorted(slow.begun) == [*all_racks, "twin", "well"]
 
@@ -302,19 +302,19 @@ def test_machine_that_lives_does_not_wait_for_those_that_do_not_come_back(sessio
 def test_what_is_forgotten_or_ends_while_others_are_resumed_is_left_alone(session, monkeypatch):
     images, events = Images(monkeypatch, session.home), []
     for number in range(4):
-        images.add(serve, f"rack{number}", phase="pulling", key="1:0")
+        images.add(streams, f"rack{number}", phase="pulling", key="1:0")
     images.broken = ConfigError(reason="nothing is served as 'rack0' from here")
     with Slow(monkeypatch, images, Daemon(session, events.append)) as slow:
-        shutil.rmtree(serve.folder(session.home, "rack0"))
-        shutil.rmtree(serve.folder(session.home, "rack2"))
-        (serve.folder(session.home, "rack3") / "state.json").write_text('{"phase": "done", "key": "1:0"}')
+        shutil.rmtree(streams.folder(session.home, "rack0"))
+        shutil.rmtree(streams.folder(session.home, "rack2"))
+        (streams.folder(session.home, "rack3") / "state.json").write_text('{"phase": "done", "key": "1:0"}')
     assert sorted(slow.begun) == ["rack0", "rack1"]
     assert [one.domain for one in events if one.kind == "failed"] == ["rack1"]  # which is still there
 
 
 def test_a_machine_that_somebody_else_begins_or_forgets_is_no_failure(session, monkeypatch):
     images, events = Images(monkeypatch, session.home), []
-    images.add(serve, "rack1", phase="pulling", key="1:0")
+    images.add(streams, "rack1", phase="pulling", key="1:0")
     images.broken = Locked(url="the name 'rack1'", holder="another `rewind image`")
     daemon = Daemon(session, events.append)
     run_for(daemon, 0.4)
@@ -328,7 +328,7 @@ def test_a_machine_that_somebody_else_begins_or_forgets_is_no_failure(session, m
 @pytest.mark.parametrize("broken", [NotRecoverable(point="p", reason="no repository"), ZeroDivisionError("surprise")])
 def test_a_machine_that_cannot_be_served_again_is_told_and_tried_later(broken, session, monkeypatch):
     images, events = Images(monkeypatch, session.home), []
-    images.add(serve, "rack1", phase="pulling", key="1:0")
+    images.add(streams, "rack1", phase="pulling", key="1:0")
     images.broken = broken
     daemon = Daemon(session, events.append)
     run_for(daemon, 0.4)

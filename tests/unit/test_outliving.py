@@ -12,14 +12,14 @@ from appliance.config import Home
 from appliance.errors import ConfigError, RestoreError
 from appliance.model import MapRef
 from appliance.process import process_key
-from appliance.restore import hydrate, outliving, serve
+from appliance.restore import hydrate, outliving, serve, streams
 from tests.support.limits import limit
 
 MAP = MapRef(bytes(16), 1 << 20)
 SPEC = json.dumps({"url": "/repo", "cache": "/cache", "key_file": None, "key_fd": None})
 PLACES = {"sda": "vda"}
 BROUGHT_UP = hydrate.Order("twin", "uuid", "qemu:///system", "point-1", SPEC, {"vda": MAP}, PLACES, (1, 2), 0, "/i")
-SERVED = serve.Order("rack", "s", "uuid", "point-2", "t", SPEC, {"vda": MAP}, "0.0.0.0", 10809, True, "stream", "/i")
+SERVED = streams.Order("rack", "s", "uuid", "point-2", "t", SPEC, {"vda": MAP}, "0.0.0.0", 10809, True, "stream", "/i")
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def home(tmp_path):
     return Home(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [hydrate, serve])
+@pytest.mark.parametrize("kind", [hydrate, streams])
 @pytest.mark.parametrize("name", ["..", "../domains", "", ".hidden", "a/b", "a b", "x" * 64])
 def test_a_name_leads_nowhere_else(home, kind, name):
     """The folder of a name is removed when it is forgotten, and when a start fails."""
@@ -37,7 +37,7 @@ def test_a_name_leads_nowhere_else(home, kind, name):
     assert home.path.exists()
 
 
-@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (serve, SERVED)])
+@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (streams, SERVED)])
 def test_a_point_is_needed_until_it_is_done(home, kind, order):
     """P6-23: whatever is forgotten, what still is read stays; also when the host has just been started."""
     name = "twin" if kind is hydrate else "rack"
@@ -57,35 +57,35 @@ def test_a_point_is_needed_until_it_is_done(home, kind, order):
 
 def test_a_state_of_before_is_no_answer(home):
     """Nobody listens yet where the process that said so has died."""
-    serve.folder(home, "rack").mkdir(parents=True)
+    streams.folder(home, "rack").mkdir(parents=True)
     old = {"ready": True, "phase": "waiting", "key": "1:0", "error": "no repository"}
-    outliving.write_state(serve.folder(home, "rack"), old)
+    outliving.write_state(streams.folder(home, "rack"), old)
     us = process_key(os.getpid())
     with pytest.raises(RestoreError, match="the server of 'rack' does not start: no repository"):
-        serve._KIND.await_state(home, "rack", us, serve._is_ready, 0.1, "the server")
-    assert serve._is_ready({**old, "key": us})
+        streams._KIND.await_state(home, "rack", us, streams._is_ready, 0.1, "the server")
+    assert streams._is_ready({**old, "key": us})
 
 
 def test_a_session_that_is_done_is_served_again_only_when_somebody_answers(home):
-    assert not serve._is_ready({"ready": True, "phase": "done", "key": "1:0"})
+    assert not streams._is_ready({"ready": True, "phase": "done", "key": "1:0"})
     assert hydrate._is_ready({"phase": "done", "key": "1:0", "view": ""})
 
 
-@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (serve, SERVED)])
+@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (streams, SERVED)])
 def test_what_was_forgotten_is_not_made_again(kind, order, home):
     with pytest.raises(FileNotFoundError):
         kind.launch(home, order)
     assert kind.names(home) == []
 
 
-@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (serve, SERVED)])
-def test_a_process_that_ends_at_once_is_not_waited_for(kind, order, home, monkeypatch):
+@pytest.mark.parametrize(("kind", "process", "order"), [(hydrate, hydrate, BROUGHT_UP), (streams, serve, SERVED)])
+def test_a_process_that_ends_at_once_is_not_waited_for(kind, process, order, home, monkeypatch):
     """P6-14: it would be a minute, in which nobody else can have the name, and without a reason."""
     home.create()
-    kind.folder(home, order.name if kind is serve else order.domain).mkdir(parents=True)
+    kind.folder(home, order.name if kind is streams else order.domain).mkdir(parents=True)
     monkeypatch.setattr(outliving.sys, "executable", "/bin/false")
     began = time.monotonic()
     with pytest.raises(RestoreError, match="does not start: its process has ended") as error:
         kind.launch(home, order)
     assert time.monotonic() - began < limit(5)
-    assert error.value.hint == f"`tail {home.log}/{kind.__name__.rpartition('.')[2]}.log` shows its last words"
+    assert error.value.hint == f"`tail {home.log}/{process.__name__.rpartition('.')[2]}.log` shows its last words"

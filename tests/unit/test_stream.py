@@ -26,7 +26,7 @@ from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported, R
 from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import alone, process_key
-from appliance.restore import claim, control, hydrate, serve, storagedaemon
+from appliance.restore import claim, control, hydrate, serve, storagedaemon, streams
 from appliance.restore.storagedaemon import Place, StorageDaemon
 from appliance.service.image import starting, streaming
 from appliance.store import RepositorySpec
@@ -273,25 +273,25 @@ def test_sign_of_life_is_what_a_machine_writes(tmp_path):
 @pytest.fixture
 def order():
     exports = {"vda": MapRef(b"x" * 16, 64 * MIB, 3)}
-    return serve.Order(
+    return streams.Order(
         "rack", "rewind-1", "8d0a4f0e-6f0c-4d8e-9d6e-000000000001", "p1", "rack7", "{}", exports, "127.0.0.1", 10809,
         True, "stream", "/srv/image",
     )  # fmt: skip
 
 
 def test_order_survives_its_file(order):
-    assert serve.Order.from_json(order.to_json()) == order
+    assert streams.Order.from_json(order.to_json()) == order
 
 
 def test_secrets_of_a_session_are_the_owners_alone(order, tmp_path):
     home = Home(tmp_path / "home")
     home.create()
-    where = serve.prepare(home, order, make_certificates("rewind-1").server)
+    where = streams.prepare(home, order, make_certificates("rewind-1").server)
     assert where.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in (where / "tls").iterdir()} == {0o600}
     # Without an order there is no session yet.
-    assert serve.names(home) == [] and serve.load(home, "rack") is None
-    serve.tidy(home, "rack")
+    assert streams.names(home) == [] and streams.load(home, "rack") is None
+    streams.tidy(home, "rack")
     assert not where.exists()
 
 
@@ -301,10 +301,10 @@ def test_resume_serves_what_nobody_serves(phase, key, again, order, tmp_path, mo
     whose disks are complete may not know it yet."""
     home, launched = Home(tmp_path / "home"), []
     home.create()
-    where = serve.prepare(home, order, {})
+    where = streams.prepare(home, order, {})
     (where / "order.json").write_text(json.dumps(order.to_json()))
     (where / "state.json").write_text(json.dumps({"phase": phase, "key": key or process_key(os.getpid())}))
-    monkeypatch.setattr(serve, "launch", lambda _home, wanted, _settings: launched.append(wanted))
+    monkeypatch.setattr(streams, "launch", lambda _home, wanted, _settings: launched.append(wanted))
     spec = RepositorySpec("/repo", tmp_path, None)
     streaming.resume(SimpleNamespace(home=home, spec=spec, settings_file=tmp_path), "rack")
     assert launched == [replace(order, repository=spec.to_json())] * again
@@ -313,12 +313,12 @@ def test_resume_serves_what_nobody_serves(phase, key, again, order, tmp_path, mo
 def test_session_whose_process_is_gone_is_stopped(order, tmp_path):
     home = Home(tmp_path / "home")
     home.create()
-    where = serve.prepare(home, order, {})
-    assert serve.phase_of(home, "rack") == "stopped"
+    where = streams.prepare(home, order, {})
+    assert streams.phase_of(home, "rack") == "stopped"
     (where / "state.json").write_text('{"phase": "pulling", "key": "1:1"}')
-    assert serve.phase_of(home, "rack") == "stopped"
+    assert streams.phase_of(home, "rack") == "stopped"
     (where / "state.json").write_text('{"phase": "done", "key": "1:1"}')
-    assert serve.phase_of(home, "rack") == "done"
+    assert streams.phase_of(home, "rack") == "done"
 
 
 class Clock:
@@ -363,7 +363,7 @@ def serving(order, tmp_path, clock):
     """A session that pretends to serve, in `home`."""
     home = Home(tmp_path / "home")
     home.create()
-    where = serve.prepare(home, order, {})
+    where = streams.prepare(home, order, {})
     control.create(where / control.CONTROL, {})
     write_json(where / "order.json", order.to_json())
     found = serve.Serving(home, "rack", load_settings(home))
@@ -402,7 +402,7 @@ def steps(serving, clock, seconds):
 
 
 def known(serving):
-    return serve.state(serving._home, "rack")
+    return streams.state(serving._home, "rack")
 
 
 def test_server_says_who_it_is_before_anything_takes_time(serving, monkeypatch):
@@ -432,7 +432,7 @@ def test_server_whose_folder_is_gone_leaves_no_view(serving, monkeypatch):
 def test_forgetting_ends_a_server_that_could_not_say_who_it_is(serving):
     """Its disk was full, or it has just begun."""
     with opens(serving._folder / "serve.lock", "fcntl.flock(file, 2)") as process:
-        serve.tidy(serving._home, "rack")
+        streams.tidy(serving._home, "rack")
         assert process.wait(5) == -signal.SIGKILL
     assert not serving._folder.exists()
 
@@ -440,7 +440,7 @@ def test_forgetting_ends_a_server_that_could_not_say_who_it_is(serving):
 def test_forgetting_ends_nobody_who_only_reads_the_lock_file(serving):
     """A backup of the home, or `grep -r`."""
     with opens(serving._folder / "serve.lock", "pass") as process:
-        serve.tidy(serving._home, "rack")
+        streams.tidy(serving._home, "rack")
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
 
@@ -598,20 +598,20 @@ def test_name_that_is_taken_is_told_before_its_port(serving, monkeypatch):
 @pytest.mark.parametrize("verb", [streaming.resume, streaming.forget])
 def test_name_is_resumed_or_forgotten_by_one_at_a_time(verb, serving, monkeypatch):
     """Or what one forgets is made again by the other, without what it has to do."""
-    monkeypatch.setattr(serve, "launch", MagicMock(side_effect=AssertionError("launched")))
+    monkeypatch.setattr(streams, "launch", MagicMock(side_effect=AssertionError("launched")))
     with alone(serving._folder.parent / ".rack.lock"), pytest.raises(Locked):
         verb(session_of(serving), "rack")
     assert serving._folder.exists()
 
 
 def test_session_that_was_forgotten_is_not_made_again(serving, order):
-    serve.tidy(serving._home, "rack")
+    streams.tidy(serving._home, "rack")
     with pytest.raises(FileNotFoundError):
-        serve.launch(serving._home, order)
+        streams.launch(serving._home, order)
     assert not serving._folder.exists()
 
 
-@pytest.mark.parametrize(("kind", "listing"), [(serve, streaming.listing), (hydrate, starting.listing)])
+@pytest.mark.parametrize(("kind", "listing"), [(streams, streaming.listing), (hydrate, starting.listing)])
 def test_list_leaves_out_what_was_forgotten_meanwhile(kind, listing, serving, monkeypatch):
     monkeypatch.setattr(kind, "names", lambda _home: ["gone"])
     assert listing(session_of(serving)) == []

@@ -25,7 +25,7 @@ from appliance.hypervisor.base import Pulls
 from appliance.hypervisor.qemu_user import qemu_user
 from appliance.model import DiskPoint, Point
 from appliance.process import alone, lives, run
-from appliance.restore import hydrate, serve
+from appliance.restore import hydrate, streams
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
 from appliance.service.elsewhere import choose
 from appliance.service.image import making, targets
@@ -120,7 +120,7 @@ def _start(
     hypervisor = session.hypervisor()
     if name in hypervisor.domains():
         raise AlreadyExists(url=session.uri, name=f"domain {name}", hint="choose another --name")
-    if hydrate.load(session.home, name) is not None or serve.load(session.home, name) is not None:
+    if hydrate.load(session.home, name) is not None or streams.load(session.home, name) is not None:
         raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
     disks = choose(point, ())
     fit = Sizes(disks, sizes)

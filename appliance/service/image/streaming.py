@@ -6,7 +6,7 @@ listing   all sessions of this home, and how far each is
 resume    the server again, after this host was restarted
 forget    end a session, and drop what its machine has written
 
-What the machine writes until it is alone is in the session (`appliance.restore.serve`), never in the point.
+What the machine writes until it is alone is in the session (`appliance.restore.streams`), never in the point.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported
 from appliance.extents import Extent
 from appliance.model import Point
 from appliance.process import alone, lives
-from appliance.restore import control, hydrate
-from appliance.restore import serve as server
+from appliance.restore import control, hydrate, streams
 from appliance.service.elsewhere import choose, export
 from appliance.service.image import drivers, making
 from appliance.service.instant import resolve
@@ -124,7 +123,7 @@ def serve(
     identity = f"rewind-{uuid.uuid4().hex[:16]}"
     certificates = Certificates({}, {}) if choices.insecure else make_certificates(identity)
     host, port = _place(choices.listen, "--listen")
-    order = server.Order(
+    order = streams.Order(
         name, identity, str(uuid.uuid4()), point.id, target, session.spec.to_json(),
         {one.disk: one.map for one in choose(point, ())}, host, port, not choices.insecure, choices.mode,
         os.path.abspath(folder),
@@ -135,10 +134,10 @@ def serve(
             session, point, target, Path(order.image), media, choices, order, certificates, template, keys
         )  # fmt: skip
         undo.callback(shutil.rmtree, order.image, ignore_errors=True)
-        undo.callback(server.tidy, session.home, name)
-        where = server.prepare(session.home, order, certificates.server)
+        undo.callback(streams.tidy, session.home, name)
+        where = streams.prepare(session.home, order, certificates.server)
         control.create(where / control.CONTROL, _extents(session, point) if choices.mode == "copy" else {})
-        server.launch(session.home, order, session.settings_file)
+        streams.launch(session.home, order, session.settings_file)
         undo.pop_all()
     return Served(
         name, point.id, target, choices.mode, f"{host}:{port}", order.tls, built, time.monotonic() - began,
@@ -151,10 +150,10 @@ def _name(session: Session, name: str) -> Iterator[None]:
     """The name is free, and nobody else takes it meanwhile."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
         raise ConfigError(reason=f"{name!r} cannot be the name of a session", hint="letters, digits, `-`, `_`, `.`")
-    where = server.folder(session.home, name)
+    where = streams.folder(session.home, name)
     where.parent.mkdir(exist_ok=True, mode=0o700)
     with _alone(session, name):
-        if server.load(session.home, name) or hydrate.load(session.home, name):
+        if streams.load(session.home, name) or hydrate.load(session.home, name):
             raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
         shutil.rmtree(where, ignore_errors=True)  # of one that did not get as far as an order
         yield
@@ -163,7 +162,7 @@ def _name(session: Session, name: str) -> Iterator[None]:
 @contextmanager
 def _alone(session: Session, name: str) -> Iterator[None]:
     """Nobody else begins, resumes or ends the session of that name. Raises Locked."""
-    with alone(server.folder(session.home, name).parent / f".{name}.lock") as first:
+    with alone(streams.folder(session.home, name).parent / f".{name}.lock") as first:
         if not first:
             holder = "another `rewind image`, or the daemon,"
             raise Locked(url=f"the name {name!r}", holder=holder, hint="wait for its end")
@@ -172,7 +171,7 @@ def _alone(session: Session, name: str) -> Iterator[None]:
 
 def _build(
     session: Session, point: Point, target: str, folder: Path, media: Sequence[str], choices: Choices,
-    order: server.Order, certificates: Certificates, template: str, keys: Sequence[bytes],
+    order: streams.Order, certificates: Certificates, template: str, keys: Sequence[bytes],
 ) -> tuple[making.Planned, Built]:  # fmt: skip
     options = Options(stream=True, extra=MODULES)
     with making.prepared(session, point.domain_uuid, point.id, target, template, keys, options) as ready:
@@ -195,7 +194,7 @@ def _build(
         return ready.planned, built
 
 
-def _stream(choices: Choices, order: server.Order, layout: Layout, certificates: Mapping[str, bytes]) -> Stream:
+def _stream(choices: Choices, order: streams.Order, layout: Layout, certificates: Mapping[str, bytes]) -> Stream:
     address, port = _place(choices.reach or choices.listen, "--reach")
     if address == "0.0.0.0":
         raise ConfigError(reason="no machine can reach 0.0.0.0", hint="--reach says how it gets here")
@@ -250,12 +249,12 @@ def _warnings(choices: Choices) -> list[str]:
 
 def known(session: Session, name: str) -> bool:
     """Whether there is a session of that name."""
-    return server.load(session.home, name) is not None
+    return streams.load(session.home, name) is not None
 
 
 def listing(session: Session) -> list[Streamed]:
     """All sessions of this home that are not forgotten, also while we look."""
-    found = [server.load(session.home, name) for name in server.names(session.home)]
+    found = [streams.load(session.home, name) for name in streams.names(session.home)]
     return [_standing(session, order) for order in found if order is not None]
 
 
@@ -272,13 +271,13 @@ def follow(session: Session, name: str, progress: Progress = silent) -> Streamed
 def resume(session: Session, name: str) -> None:
     """Serve again, after this host was restarted or the server died: the machine waits for it, or is booted again. Also
     a session that is done: a machine that lost its power just then has to be told that its disks are complete.
-    Raises ConfigError for an unknown name, Locked, RestoreError as `serve.launch`."""
+    Raises ConfigError for an unknown name, Locked, RestoreError as `streams.launch`."""
     _order(session, name)
     with _alone(session, name):
         order = _order(session, name)  # it may have been forgotten, or started, before we had the name
-        if not lives(server.state(session.home, name).get("key", "")):
+        if not lives(streams.state(session.home, name).get("key", "")):
             # The key may come to us through another descriptor than to whoever began.
-            server.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
+            streams.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
 
 def forget(session: Session, name: str, force: bool = False) -> None:
@@ -290,11 +289,11 @@ def forget(session: Session, name: str, force: bool = False) -> None:
         if found.boots and found.phase != "done" and not force:
             reason = f"the machine of {name!r} still needs it, and what it has written is nowhere else"
             raise ConfigError(reason=reason, hint="wait until `rewind image list` says done, or add --force")
-        server.tidy(session.home, name)
+        streams.tidy(session.home, name)
 
 
-def _order(session: Session, name: str) -> server.Order:
-    if (order := server.load(session.home, name)) is None:
+def _order(session: Session, name: str) -> streams.Order:
+    if (order := streams.load(session.home, name)) is None:
         reason = f"nothing is served as {name!r} from here"
         raise ConfigError(reason=reason, hint="`rewind image list` lists what is")
     return order
@@ -304,9 +303,9 @@ def _streamed(session: Session, name: str) -> Streamed:
     return _standing(session, _order(session, name))
 
 
-def _standing(session: Session, order: server.Order) -> Streamed:
-    name, state = order.name, server.state(session.home, order.name)
-    phase = server.phase_of(session.home, name)
+def _standing(session: Session, order: streams.Order) -> Streamed:
+    name, state = order.name, streams.state(session.home, order.name)
+    phase = streams.phase_of(session.home, name)
     service = state.get("service") or [None, None]
     total = sum(ref.size for ref in order.exports.values())
     done = total if phase == "done" else min(int(state.get("done", 0)), total)
