@@ -91,7 +91,7 @@ class KeptView:
             view = self._make(self._socket(self.slot))
             view.start()
             view.take_place(self._place)
-        except RewindError as error:
+        except (RewindError, OSError) as error:  # its files are in the home, which may be full
             if view is not None:
                 view.kill()
             self.error = str(error)

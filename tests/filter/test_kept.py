@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 
 import pytest
 
-from appliance import nbd
+from appliance import config, nbd
 from appliance.process import lives
 from appliance.restore.export import ViewServer
 from appliance.restore.kept import KeptView
@@ -91,3 +92,20 @@ def test_a_view_that_cannot_start_leaves_the_one_before_in_its_place(keep, tmp_p
     monkeypatch.undo()
     assert reads_right(tmp_path)
     until(kept, lambda: kept.shows == "safety", "safety")
+
+
+def test_a_view_that_dies_while_the_disk_is_full_is_replaced_when_there_is_room(keep, tmp_path, monkeypatch):
+    """P6-14: its owner must not end with it, or the storage daemon that a machine's root comes from ends as well."""
+
+    def full(path, _value):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    kept = keep()
+    kept.tend("wanted")
+    monkeypatch.setattr(config, "write_json", full)
+    os.kill(int(kept.key.partition(":")[0]), signal.SIGKILL)
+    until(kept, lambda: kept.error)
+    assert "No space left on device" in kept.error and not kept.key
+    monkeypatch.undo()
+    until(kept, lambda: kept.key)
+    assert reads_right(tmp_path) and not kept.error
