@@ -2,7 +2,7 @@
 
     Session ── home, settings            files
            ├── repository, spec          the store, and how our child processes open the same store
-           ├── hypervisor(uri)           where the domains are
+           ├── hypervisor(uri)           where the domains are; hypervisor_at(uri): just there
            └── catalogue                 the cache that lists are made from
 
 A session belongs to one thread. `close` lets go of everything; nothing that runs on (keeper, guest) depends on it.
@@ -163,15 +163,18 @@ class Session:
         return self.connect or self.settings.uri
 
     def hypervisor(self, uri: str | None = None) -> Hypervisor:
-        """Connected once for each URI. Raises ConnectError."""
+        """Where a verb works: `connect` wins over `uri`. Connected once for each URI. Raises ConnectError."""
+        return self.hypervisor_at(self.connect or uri or self.settings.uri)
+
+    def hypervisor_at(self, uri: str) -> Hypervisor:
+        """As `hypervisor`, whatever `connect` is: where something is known to be, and is nowhere else."""
         from appliance.hypervisor import connect
 
-        wanted = self.connect or uri or self.settings.uri
-        if wanted not in self._hypervisors:
-            made = connect(wanted)
-            self._hypervisors[wanted] = made
+        if uri not in self._hypervisors:
+            made = connect(uri)
+            self._hypervisors[uri] = made
             self._stack.callback(made.close)
-        return self._hypervisors[wanted]
+        return self._hypervisors[uri]
 
     def domain(self, name: str) -> Domain:
         """A domain by name or UUID, where its protection record says it lives or else at `uri`. Raises DomainNotFound,

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from appliance import hypervisor
 from appliance.cli.verbs.streaming import emit_running
 from appliance.config import Home
 from appliance.errors import ConfigError, ConnectError, DomainNotFound, Locked
 from appliance.restore import hydrate
 from appliance.service.image import making, starting
+from appliance.service.session import Session
 from images.settle.choice import After
 from tests.support.imagekit import FolderTree
 from tests.support.settling import plan
@@ -101,7 +103,7 @@ def brought_up(tmp_path, monkeypatch):
 
     def made(phase, domain=lambda _: None):
         monkeypatch.setattr(hydrate, "state", lambda *_: {"phase": phase, "error": "no domain"})
-        session = SimpleNamespace(home=Home(tmp_path), hypervisor=lambda _: SimpleNamespace(domain=domain))
+        session = SimpleNamespace(home=Home(tmp_path), hypervisor_at=lambda _: SimpleNamespace(domain=domain))
         return session, starting.running(session, "twin")
 
     return made
@@ -132,6 +134,20 @@ def test_a_domain_that_is_being_started_is_not_gone(brought_up):
     assert found.phase == starting.running(session, "twin").phase == "gone"
     starting.forget(session, "twin")
     assert hydrate.names(session.home) == []
+
+
+def test_a_domain_is_where_it_was_brought_up(brought_up, tmp_path, monkeypatch):
+    """P6-24: whatever --connect says: another hypervisor has no such domain, and what is told then would take the view
+    away below the guest."""
+    brought_up("pulling")
+    missing = SimpleNamespace(domain=raiser(DomainNotFound(domain="u", uri="test:///b")), close=lambda: None)
+    there = SimpleNamespace(domain=lambda _: None, close=lambda: None)
+    monkeypatch.setattr(hypervisor, "connect", {"test:///": there, "test:///b": missing}.get)
+    with Session(Home(tmp_path), "test:///b") as session:
+        assert starting.running(session, "twin").phase == "pulling"
+        with pytest.raises(ConfigError, match="still reads"):
+            starting.forget(session, "twin")
+        starting.resume(session, "twin")
 
 
 @pytest.mark.parametrize("phase", ["done", "off", "pulling"])

@@ -101,7 +101,7 @@ def brought_up(tmp_path, monkeypatch, session):
         monkeypatch.setattr(settling, "running", lambda *_: Running("twin", "p", phase, 0, 0, left, ""))
         monkeypatch.setattr(settling.hydrate, "load", lambda *_: order)
         host = Host(folder)
-        monkeypatch.setattr(session, "hypervisor", lambda *_: host, raising=False)
+        monkeypatch.setattr(session, "hypervisor_at", lambda *_: host, raising=False)
         return host
 
     return made

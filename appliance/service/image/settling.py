@@ -79,7 +79,7 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     if found.phase != "done":
         reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
         raise ConfigError(reason=reason, hint="wait until `rewind image list` says done")
-    domain = session.hypervisor(order.uri).domain(order.uuid)
+    domain = session.hypervisor_at(order.uri).domain(order.uuid)
     if domain.state() is not DomainState.SHUTOFF:
         raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=f"`virsh shutdown {name}`")
     folder = Path(order.image)

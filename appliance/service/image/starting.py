@@ -244,9 +244,9 @@ def _gone(session: Session, order: hydrate.Order) -> bool:
 
 
 def _is_undefined(session: Session, order: hydrate.Order) -> bool:
-    """Whether its hypervisor answers and has no such domain. One that does not answer says nothing about it."""
+    """Whether its own hypervisor answers and has no such domain. One that does not answer says nothing about it."""
     try:
-        session.hypervisor(order.uri).domain(order.uuid)
+        session.hypervisor_at(order.uri).domain(order.uuid)
     except DomainNotFound:
         return True
     except HypervisorError:
