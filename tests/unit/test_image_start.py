@@ -11,7 +11,7 @@ from appliance import hypervisor
 from appliance.cli.verbs.streaming import emit_running
 from appliance.config import Home
 from appliance.errors import ConfigError, ConnectError, DomainNotFound, Locked
-from appliance.restore import hydrate
+from appliance.restore import hydrate, outliving
 from appliance.service.image import making, starting
 from appliance.service.session import Session
 from images.settle.choice import After
@@ -81,6 +81,29 @@ def test_what_the_guest_lacks_is_told_before_it_is_started(made, tmp_path, monke
     planned = making.plan(None, "web", "latest", "rack", after=After(settle=True))
     assert set(lacks) < set(planned.plan.warnings)
     assert not any("update-initramfs" in one for one in making.plan(None, "web", "latest", "rack").plan.warnings)
+
+
+def test_what_a_killed_forget_left_is_not_taken_for_the_new_domain(tmp_path, monkeypatch):
+    """P6-24: its state says done, for which nobody needs a view, and the new domain would start without one."""
+
+    def launch(home, order, _settings):
+        found.append((hydrate.state(home, order.domain), hydrate.folder(home, order.domain).is_dir()))
+        raise Enough
+
+    found, home = [], Home(tmp_path)
+    hydrate.folder(home, "twin").mkdir(parents=True)
+    outliving.write_state(hydrate.folder(home, "twin"), {"phase": "done"})
+    monkeypatch.setattr(hydrate, "launch", launch)
+    monkeypatch.setattr(starting, "qemu_user", lambda _: (0, 0))
+    session = SimpleNamespace(
+        home=home, uri="test:///", spec=SimpleNamespace(to_json=lambda: "{}"), settings_file=tmp_path
+    )  # fmt: skip
+    with pytest.raises(Enough), contextlib.ExitStack() as undo:
+        starting._define(
+            session, undo, SimpleNamespace(id="p"), SimpleNamespace(disks=[]), [], "twin", "u", tmp_path, tmp_path,
+            None, [], 0, "",
+        )  # fmt: skip
+    assert found == [({}, True)] and not hydrate.folder(home, "twin").exists()
 
 
 # --- what became of it ----------------------------------------------------------------------------------------------

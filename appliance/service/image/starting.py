@@ -168,7 +168,8 @@ def _define(
         {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder), settles,
     )  # fmt: skip
     undo.callback(hydrate.tidy, session.home, name)
-    hydrate.folder(session.home, name).mkdir(parents=True, exist_ok=True)
+    hydrate.tidy(session.home, name)  # what a forget left that was killed: its state would be taken for the new one's
+    hydrate.folder(session.home, name).mkdir(parents=True)
     hydrate.launch(session.home, order, session.settings_file)
     for place, one in zip(places, disks, strict=True):
         _overlay(new_disks[place], one, fit, (uid, gid))
