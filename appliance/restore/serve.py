@@ -65,7 +65,7 @@ class Serving:
         self._socket = streams.socket_path(home, order.uuid)
         self._view = KeptView(name, self._make_view, self._socket, settings.view_timeout)
         place = Place(order.host, order.port, order.tls)
-        log = home.log / f"serve-daemon-{name}.log"
+        log = streams.daemon_log(home, name)
         self._daemon = StorageDaemon(name, place, order.exports, self._folder, self._socket, log)
         self._claims = claims.Claims(self._folder / claims.CLAIM, time.monotonic)
         self._pace = Pace()

@@ -10,6 +10,7 @@
     HOME/streams/NAME/control         what it has said (control.py)
     HOME/streams/NAME/claim           which machine it is (claim.py)
     HOME/streams/NAME/tls/            the certificates of the session, if there are any
+    HOME/log/serve-daemon-NAME.log    what its storage daemon says
 
 Phases: `waiting` (nobody came yet), `booting`, `pulling` or `copying`, `done` (the machine is alone), and for those who
 look: `stopped` when the process has died before. `answers`: a machine would be served now. `rate`: bytes a second that
@@ -33,8 +34,8 @@ from appliance.restore import outliving
 from appliance.restore.kept import holders, kill, views_of
 
 __all__ = [
-    "LOCK", "Order", "folder", "launch", "load", "names", "needed", "phase_of", "prepare", "socket_path", "state",
-    "tidy", "unfinished",
+    "LOCK", "Order", "daemon_log", "folder", "launch", "load", "names", "needed", "phase_of", "prepare", "socket_path",
+    "state", "tidy", "unfinished",
 ]  # fmt: skip
 
 LOCK = "serve.lock"  # in a session's folder, held by the process that serves it
@@ -113,17 +114,23 @@ def socket_path(home: Home, uuid: str) -> Path:
     return home.run(uuid) / "stream.sock"
 
 
+def daemon_log(home: Home, name: str) -> Path:
+    """Of its storage daemon: one of its own, whose last words are its own."""
+    return home.log / f"serve-daemon-{name}.log"
+
+
 def _is_ready(found: Mapping[str, Any]) -> bool:
     """Of a state: an old one says nothing of a process that has just begun."""
     return bool(found.get("ready")) and lives(found.get("key", ""))
 
 
 def tidy(home: Home, name: str) -> None:
-    """End a session and forget it, with what its machine has written. May be repeated."""
+    """End a session and forget it, with what its machine has written, and its log. May be repeated."""
     found, order = state(home, name), load(home, name)
     # Whoever holds the lock may not have been able to write down who it is.
     for one in (found.get("key", ""), *holders(folder(home, name) / LOCK), found.get("view", "")):
         kill(one)
     for view in views_of(socket_path(home, order.uuid)) if order is not None else ():
         kill(view)  # of a server that was killed before it could write it down
+    daemon_log(home, name).unlink(missing_ok=True)
     shutil.rmtree(folder(home, name), ignore_errors=True)

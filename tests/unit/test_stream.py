@@ -580,6 +580,17 @@ def test_last_words_of_a_storage_daemon_are_its_own(serving, monkeypatch):
     assert made.call_args.args[-1] == serving._home.log / "serve-daemon-rack.log"
 
 
+def test_forgetting_leaves_no_log_of_that_name_alone(serving):
+    """Each name that was ever served would leave one."""
+    logs = serving._home.log
+    logs.mkdir(exist_ok=True)
+    for name in ("serve-daemon-rack", "serve-daemon-rack2", "serve"):
+        (logs / f"{name}.log").touch()
+    for _ in range(2):
+        streams.tidy(serving._home, "rack")
+        assert sorted(one.name for one in logs.iterdir()) == ["serve-daemon-rack2.log", "serve.log"]
+
+
 def session_of(serving):
     return SimpleNamespace(home=serving._home, spec=RepositorySpec("/r", serving._home.path, None), settings_file=None)
 
