@@ -209,18 +209,25 @@ def process_key(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[bool]:
-    """Hold the lock file, which is made; whether nobody else holds it. A lock ends with its process."""
+def alone(path: Path, wait: float = 0.0) -> Iterator[bool]:
+    """Hold the lock file, which is made; whether nobody else holds it, after `wait` seconds at most. A lock ends with
+    its process."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        end = time.monotonic() + wait
+        while not (ours := _take(handle)) and time.monotonic() < end:
+            time.sleep(0.02)
+        yield ours
     finally:
         os.close(handle)
+
+
+def _take(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def lives(key: str) -> bool:

@@ -19,11 +19,11 @@ from pathlib import Path
 from appliance.config import Home
 from appliance.errors import Locked
 
-__all__ = ["daemon_lock", "hold", "holder", "taken"]
+__all__ = ["GLANCE", "daemon_lock", "hold", "holder", "taken"]
 
 _POLL = 0.05
-# `holder` takes the lock for an instant to see whether it is free; nobody shall be refused because of that.
-_GLANCE = 0.3
+# `taken` takes the lock for an instant to see whether it is free; nobody shall be refused because of that.
+GLANCE = 0.3
 
 
 @contextmanager
@@ -61,13 +61,13 @@ def holder(home: Home, uuid: str) -> str | None:
 
 
 def taken(path: Path) -> bool:
-    """Whether somebody holds the lock now."""
+    """Whether somebody holds the lock now. It is shared for an instant: others who look do not meet us."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        return not _take(handle)
+        return not _take(handle, fcntl.LOCK_SH)
     finally:
         os.close(handle)
 
@@ -81,9 +81,9 @@ def _path(home: Home, uuid: str) -> Path:
     return home.domains / f"{uuid}.lock"
 
 
-def _take(handle: int) -> bool:
+def _take(handle: int, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
             return False
@@ -94,7 +94,7 @@ def _take(handle: int) -> bool:
 def _await(turn: int, handle: int, path: Path, domain: str, wait: float, say: Callable[[str], None]) -> None:
     """First the turn, then the lock: whoever waits has the turn, so that a daemon that lets go for a moment only, with
     the next point due, comes after a person who waits."""
-    end = time.monotonic() + max(wait, _GLANCE)
+    end = time.monotonic() + max(wait, GLANCE)
     if _take(turn) and _take(handle):
         return
     if wait > 0:

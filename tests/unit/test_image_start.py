@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +174,17 @@ def test_a_domain_is_where_it_was_brought_up(brought_up, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="still reads"):
             starting.forget(session, "twin")
         starting.resume(session, "twin")
+
+
+def test_who_looks_is_in_nobodys_way(brought_up):
+    """`image list` and `status` hold the lock of the name for an instant."""
+    session, _ = brought_up("off", raiser(DomainNotFound(domain="u", uri="test:///")))
+    another = os.open(starting._lock(session, "twin"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(another, fcntl.LOCK_SH)
+    assert starting.running(session, "twin").phase == "gone"
+    threading.Timer(0.1, os.close, [another]).start()
+    starting.forget(session, "twin")
+    assert not hydrate.folder(session.home, "twin").exists()
 
 
 @pytest.mark.parametrize("phase", ["done", "off", "pulling"])

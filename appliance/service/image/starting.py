@@ -27,6 +27,7 @@ from appliance.model import DiskPoint, Point
 from appliance.process import alone, lives, run
 from appliance.restore import hydrate, streams
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
+from appliance.service import locks
 from appliance.service.elsewhere import choose
 from appliance.service.image import making, targets
 from appliance.service.image.sizes import Sizes
@@ -102,7 +103,7 @@ def _alone(session: Session, name: str) -> Iterator[None]:
     """Nobody else begins, resumes or forgets that name. Raises Locked."""
     where = _lock(session, name)
     where.parent.mkdir(parents=True, exist_ok=True)
-    with alone(where) as first:
+    with alone(where, locks.GLANCE) as first:  # it may only be looked at
         if not first:
             holder = "another `rewind image`, or the daemon,"
             raise Locked(url=f"the name {name!r}", holder=holder, hint="wait for its end")
@@ -237,11 +238,8 @@ def running(session: Session, name: str) -> Running:
 
 
 def _gone(session: Session, order: hydrate.Order) -> bool:
-    """Whoever starts it now has not defined it yet."""
-    if not _is_undefined(session, order):
-        return False
-    with alone(_lock(session, order.domain)) as nobody:
-        return nobody
+    """Whoever starts it now has not defined it yet, and may have the next moment: it is asked for last."""
+    return not locks.taken(_lock(session, order.domain)) and _is_undefined(session, order)
 
 
 def _is_undefined(session: Session, order: hydrate.Order) -> bool:
