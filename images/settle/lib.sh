@@ -51,6 +51,21 @@ disks_below() {
     lsblk -nrso NAME,TYPE "$source" | awk '$2 == "disk" && !seen[$1]++ { print $1 }'
 }
 
+# Sectors before the first partition of /dev/$1.
+gap() {
+    for start in "/sys/class/block/$1/$1"*/start; do
+        [ ! -e "$start" ] || cat "$start"
+    done | sort -n | head -n 1
+}
+
+# The EFI system partition of /dev/$1; empty if there is none.
+esp() {
+    lsblk -nrpo NAME,PARTTYPE "/dev/$1" |
+        awk 'tolower($2) == "c12a7328-f81f-11d2-ba4b-00a0c93ec93b" || tolower($2) == "0xef" { print $1; exit }'
+}
+
+has_bios_partition() { lsblk -nro PARTTYPE "/dev/$1" | grep -qi 21686148-6449-6e6f-744e-656564454649; }
+
 # Kernel modules of the drivers from a disk (sda) up to its controller.
 drivers_of() {
     path=$(readlink -f "/sys/class/block/$1/device") || return 1

@@ -1,7 +1,7 @@
 #!/bin/sh
 # shellcheck disable=SC2015 # whatever fails of it, the step has failed
 # The root's partition takes the room behind it, up to the next one or the end of the disk, then so does what is on it.
-# After the boot loader's step, which may need some of that room for itself. The table as it was is kept, and put back if
+# After the boot loader's step, which may need some of that room for itself, also at a later start. The table as it was is kept, and put back if
 # the kernel does not take the new one. A start that was cut off in between is gone on with: $growing says so.
 has sfdisk || leave "the guest has no sfdisk (fdisk)"
 disk=$(disks_below /)
@@ -29,6 +29,25 @@ growing=$RW_STATE/before/$disk.growing
 # Less than 16 MiB are the rest of an alignment.
 [ "$room" -ge 32768 ] || [ -e "$growing" ] || nothing "there is no room behind /dev/$partition"
 mkdir -p "$RW_STATE/before" || fail "$RW_STATE/before cannot be made"
+
+# What the boot loader's step has yet to make on this disk, if it is tried again. A root that has grown gives nothing
+# back: ext4 becomes smaller only when nobody uses it, XFS never.
+awaited() {
+    grep -qsx loader "$RW_HERE/undone" && [ ! -e "$RW_HERE/no-loader" ] || return 0
+    [ "$(disks_below /boot)" = "$disk" ] || return 0
+    if [ -d /sys/firmware/efi ]; then
+        [ -n "$(esp "$disk")" ] || echo "an EFI system partition"
+    elif [ "$(lsblk -ndo PTTYPE "/dev/$disk")" = gpt ] && ! has_bios_partition "$disk"; then
+        # It is made in front of the first partition where there is room.
+        sectors=$(gap "$disk")
+        [ "${sectors:-0}" -ge 1024 ] || echo "a BIOS boot partition"
+    fi
+}
+
+# A start that was cut off may have the larger table already: then no room is left, and what is on it grows, too.
+part=$(awaited)
+[ "$room" -lt 32768 ] || [ -z "$part" ] ||
+    leave "the boot loader's step is tried again, and may need the room behind /dev/$partition for $part"
 
 table_back() {
     sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$RW_STATE/before/$disk.grow" >/dev/null 2>&1 ||

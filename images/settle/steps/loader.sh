@@ -6,10 +6,16 @@
 #
 # Nothing here makes a disk start whose initramfs is not for this hardware: the boot volume would be passed over.
 stays() { leave "the boot volume has to stay attached: $*"; }
+# The same where no later start can change it: nobody waits for the room that a partition would have had (grow).
+never() { : >"$RW_HERE/no-loader"; stays "$@"; }
 
-if grep -qsx initramfs "$RW_HERE/undone"; then stays "no initramfs could be made for this hardware"; fi
+if grep -qsx initramfs "$RW_HERE/undone"; then
+    none="no initramfs could be made for this hardware"
+    [ -n "$RW_INITRD" ] && [ "$RW_GENERATOR" != unknown ] || never "$none"
+    stays "$none"
+fi
 if [ -n "$RW_BY_NAME" ] && [ "$(findmnt -nvo SOURCE --target /)" != "$RW_BY_NAME" ]; then
-    stays "the guest's boot loader names the root by the old hardware: root=$RW_BY_NAME"
+    never "the guest's boot loader names the root by the old hardware: root=$RW_BY_NAME"
 fi
 disk=$(disks_below /boot | head -n 1)
 [ -n "$disk" ] || stays "the disk of /boot is not known"
@@ -45,13 +51,6 @@ has_common_sectors() {
     [ "$(cat "/sys/class/block/$disk/queue/logical_block_size" 2>/dev/null || echo 512)" = 512 ]
 }
 
-# Sectors before the first partition.
-gap() {
-    for start in "/sys/class/block/$disk/$disk"*/start; do
-        [ ! -e "$start" ] || cat "$start"
-    done | sort -n | head -n 1
-}
-
 # --- BIOS -----------------------------------------------------------------------------------------------------------
 
 grub_in_front() { dd if="/dev/$disk" bs=440 count=1 2>/dev/null | grep -aq GRUB; }
@@ -65,10 +64,10 @@ end() { sync && rm -f "$mark"; }
 bios() {
     if ! under_way && grub_in_front; then nothing "/dev/$disk has GRUB in its first sector: it starts by itself"; fi
     has grub-install && [ -d /usr/lib/grub/i386-pc ] || stays "the guest has no GRUB for a BIOS (grub-pc-bin)"
-    sectors=$(gap)
+    sectors=$(gap "$disk")
     case $table in
         dos) [ "${sectors:-0}" -ge 512 ] || stays "/dev/$disk has no room before its first partition" ;;
-        gpt) has_bios_partition || new_bios_partition ;;
+        gpt) has_bios_partition "$disk" || new_bios_partition ;;
         *) stays "/dev/$disk has no partition table that GRUB can stand behind" ;;
     esac
     [ "$table" != gpt ] || sectors=1 # GRUB itself lies in its own partition, which nobody else reads
@@ -90,23 +89,19 @@ bios() {
     fail "the first sectors of /dev/$disk are as before; the boot volume has to stay attached"
 }
 
-has_bios_partition() {
-    lsblk -nro PARTTYPE "/dev/$disk" | grep -qi 21686148-6449-6e6f-744e-656564454649
-}
-
 # GRUB's own partition of a GPT, in the room before the first one, else where there is 1 MiB. The table is written anew
 # as it is, but that its first usable sector is the first behind the table itself: many tools begin at 1 MiB.
 new_bios_partition() {
     has sfdisk || stays "/dev/$disk has no BIOS boot partition, and the guest no sfdisk (fdisk) to make one with"
-    has_common_sectors || stays "/dev/$disk has no BIOS boot partition, and its sectors are not of 512 bytes"
+    has_common_sectors || never "/dev/$disk has no BIOS boot partition, and its sectors are not of 512 bytes"
     keep_table "$disk" "$before.table" || fail "the partition table of /dev/$disk cannot be kept"
-    sectors=$(gap)
+    sectors=$(gap "$disk")
     if [ "${sectors:-0}" -ge 1024 ]; then
         start=34 size=$((sectors - 34))
     elif room 4096; then
         start=$(((last + 1 - 2048) / 2048 * 2048)) size=2048
     else
-        stays "/dev/$disk has no BIOS boot partition and no room for one"
+        never "/dev/$disk has no BIOS boot partition and no room for one"
     fi
     {
         sed 's/^first-lba:.*/first-lba: 34/' "$before.table"
@@ -129,11 +124,6 @@ menu() {
 
 # --- UEFI -----------------------------------------------------------------------------------------------------------
 
-esp() {
-    lsblk -nrpo NAME,PARTTYPE "/dev/$disk" |
-        awk 'tolower($2) == "c12a7328-f81f-11d2-ba4b-00a0c93ec93b" || tolower($2) == "0xef" { print $1; exit }'
-}
-
 # Mounts $1 where the client has it, else below /run. Sets `where`.
 reach() {
     where=$(findmnt -nro TARGET "$1" | head -n 1)
@@ -147,9 +137,9 @@ unsigned="what GRUB makes here is not signed, and this firmware wants it to be"
 programs() { [ -d /usr/lib/grub/x86_64-efi ] && has grub-install; }
 
 uefi() {
-    partition=$(esp)
+    partition=$(esp "$disk")
     if [ -z "$partition" ]; then
-        [ -z "$RW_SECURE" ] || stays "/dev/$disk has no EFI system partition, and $unsigned"
+        [ -z "$RW_SECURE" ] || never "/dev/$disk has no EFI system partition, and $unsigned"
         programs || stays "the guest has no GRUB for UEFI (grub-efi-amd64-bin), and its disk no EFI system partition"
         has mkfs.vfat && has sfdisk ||
             stays "the guest has no mkfs.vfat (dosfstools) or sfdisk (fdisk) to make an EFI system partition with"
@@ -300,11 +290,11 @@ new_esp() {
     case $table in
         gpt) kind=C12A7328-F81F-11D2-BA4B-00A0C93EC93B ;;
         dos) kind=ef ;;
-        *) stays "/dev/$disk has no partition table" ;;
+        *) never "/dev/$disk has no partition table" ;;
     esac
-    has_common_sectors || stays "/dev/$disk has no EFI system partition, and its sectors are not of 512 bytes"
+    has_common_sectors || never "/dev/$disk has no EFI system partition, and its sectors are not of 512 bytes"
     # 65 MiB: 64, and what is lost by beginning at a whole one.
-    room 133120 || stays "/dev/$disk has no EFI system partition and no room for one"
+    room 133120 || never "/dev/$disk has no EFI system partition and no room for one"
     keep_table "$disk" "$before.table" || fail "the partition table of /dev/$disk cannot be kept"
     old=$(lsblk -nrpo NAME,TYPE "/dev/$disk" | awk '$2 == "part" { print $1 }')
     [ "$table" != gpt ] || try sfdisk -q --no-reread --no-tell-kernel --relocate gpt-bak-std "/dev/$disk" || table_back
