@@ -109,19 +109,28 @@ class BroughtUp:
         return sorted(found)
 
     def _resume_each(self) -> None:
-        """One after the other, each once. Looks anew before each: it may have been forgotten, or have ended."""
+        """One after the other, each once."""
         began = time.time()
-        while not self._shared.stopped.is_set():
-            with self._choosing:
-                waiting = self._waiting(began)[:1]
-                self._taken.update(name for *_, name in waiting)
+        try:
+            while not self._shared.stopped.is_set() and self._resume_next(began):
+                pass
+        finally:
+            self._shared.wake.set()
+
+    def _resume_next(self, began: float) -> bool:
+        """Whether there was one. Looks anew before each: it may have been forgotten, or have ended."""
+        with self._choosing:
+            waiting = self._waiting(began)
             if not waiting:
-                break
-            [(failures, filled, name)] = waiting
+                return False
+            failures, filled, name = waiting[0]
+            self._taken.add(name)
+        try:
             self._resume(name, filled, failures)
+        finally:  # also when what came of it cannot be told: it would never be tried again
             with self._choosing:
                 self._taken.discard(name)
-        self._shared.wake.set()
+        return True
 
     def _resume(self, name: str, filled: bool, failures: int) -> None:
         from appliance.service.image import starting, streaming

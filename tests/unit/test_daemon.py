@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -333,6 +334,23 @@ def test_a_machine_that_cannot_be_served_again_is_told_and_tried_later(broken, s
     daemon = Daemon(session, events.append)
     run_for(daemon, 0.4)
     assert images.calls == [("served", "rack1")] and [one.kind for one in events] == ["failed"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit(1)])
+def test_a_machine_is_served_again_also_when_nobody_could_be_told_the_last_time(error, session, monkeypatch):
+    """P6-14: standard output may lead to a disk that is full, or to nobody."""
+
+    def tell(_event):
+        raise error
+
+    images = Images(monkeypatch, session.home)
+    images.add(streams, "rack1", phase="pulling", key="1:0")
+    daemon = Daemon(session, tell)
+    daemon.round()
+    assert images.calls == [("served", "rack1")] and daemon._shared.wake.is_set()
+    daemon._brought_up._tries["rack1"] = Tried(time.time() - 6, 0)
+    daemon.round()
+    assert images.calls == [("served", "rack1")] * 2
 
 
 def test_a_protection_that_comes_later_is_noticed(session, monkeypatch):
