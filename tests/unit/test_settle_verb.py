@@ -157,7 +157,7 @@ def test_a_definition_that_has_lost_the_disk_is_an_exit_code_of_the_verb(brought
 def test_a_system_on_several_disks_keeps_its_medium(brought_up, session, monkeypatch):
     host = brought_up(REPORT)
     before = host.xml
-    monkeypatch.setattr(settling, "_read", lambda *_: (REPORT, ("sda", "sdb")))
+    monkeypatch.setattr(settling, "_read", lambda *_: (REPORT, True, ("sda", "sdb")))
     found = settling.settle(session, "twin")
     assert not found.alone and "its /boot lies on sda, sdb" in found.reason and not found.again
     assert [one.name for one in found.steps] == ["initramfs", "loader"] and host.xml == before
@@ -170,6 +170,14 @@ def test_the_medium_stays_when_it_does_not(brought_up, session, line):
     before = host.xml
     found = settling.settle(session, "twin")
     assert not found.alone and found.medium.name == "rewind.iso" and host.xml == before
+
+
+@pytest.mark.parametrize(("suffix", "last"), [("", "/var/lib/rewind/settle-1"), (".failed", "")])
+def test_an_image_that_tries_nothing_again_is_known_by_its_report(brought_up, session, suffix, last):
+    """P6-19: that of an older release took a start that had to leave something for the last one."""
+    brought_up("loader: the boot volume has to stay attached: no GRUB\nloader: left as it was\n", suffix=suffix)
+    found = settling.settle(session, "twin")
+    assert not found.alone and (found.again, found.last) == (not last, last)
 
 
 def test_a_step_that_failed_is_told_and_the_medium_stays(brought_up, session):
@@ -256,18 +264,19 @@ TRIES = "each start from its boot medium tries again"
 
 
 @pytest.mark.parametrize(
-    ("reason", "medium", "again", "words", "hint"),
+    ("reason", "medium", "again", "last", "words", "hint"),
     [
-        ("", "rewind.iso", True, "rewind.iso is not needed any more", ""),
-        ("", None, True, "no boot medium is attached", ""),
-        ("grow failed in it", "rewind.iso", True, "rewind.iso stays attached", TRIES),
-        ("grow failed in it", None, True, "twin has no boot medium", "attach the medium that"),
-        ("its /boot lies on a, b", "rewind.iso", False, "rewind.iso stays attached", "`virsh edit twin`"),
+        ("", "rewind.iso", True, "", "rewind.iso is not needed any more", ""),
+        ("", None, True, "", "no boot medium is attached", ""),
+        ("grow failed in it", "rewind.iso", True, "", "rewind.iso stays attached", TRIES),
+        ("grow failed in it", None, True, "", "twin has no boot medium", "attach the medium that"),
+        ("its /boot lies on a, b", "rewind.iso", False, "", "rewind.iso stays attached", "`virsh edit twin`"),
+        ("no loader", "rewind.iso", False, "/var/lib/x", "rewind.iso stays attached", "remove /var/lib/x in the guest"),
     ],
 )
-def test_it_says_whether_the_medium_is_needed(tmp_path, monkeypatch, capsys, reason, medium, again, words, hint):
+def test_it_says_whether_the_medium_is_needed(tmp_path, monkeypatch, capsys, reason, medium, again, last, words, hint):
     """P6-19: never that something else may go; a domain that still needs its medium is an exit code."""
-    found = settling.Settled("twin", reason, (FAILED, DONE), medium and tmp_path / medium, again)
+    found = settling.Settled("twin", reason, (FAILED, DONE), medium and tmp_path / medium, again, last)
     monkeypatch.setattr(settling, "settle", lambda *_: found)
     assert main(["--home", str(tmp_path / "home"), "image", "settle", "twin"]) == (68 if reason else 0)
     out, err = capsys.readouterr()

@@ -56,6 +56,9 @@ def _upshot(found: Settled) -> str:
 
 
 def _hint(found: Settled) -> str:
+    if found.last:
+        then = "then the next start from its boot medium tries again"
+        return f"remove {found.last} in the guest once it has what it lacks; {then}"
     if not found.again:
         return f"have `virsh edit {found.name}` put the disk that its loader step names first, and take the medium away"
     if found.medium is None:

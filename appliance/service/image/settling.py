@@ -46,13 +46,15 @@ class StepDone:
 class Settled:
     """`reason` why its boot medium stays; empty when all was done, its disk starts by itself, and its definition has no
     boot medium any more. `again`: another start from the medium may change that. `medium`: the file that was attached
-    before, and is still there; None for a domain that had none."""
+    before, and is still there; None for a domain that had none. `last`: the report's path in the guest, when no start
+    from its medium makes another one as long as it is there."""
 
     name: str
     reason: str
     steps: tuple[StepDone, ...]
     medium: Path | None
     again: bool = True
+    last: str = ""
 
     @property
     def alone(self) -> bool:
@@ -84,14 +86,17 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
         raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=f"`virsh shutdown {name}`")
     folder = Path(order.image)
     disks = {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}
-    report, starts = _read(session, disks, order.settles, keys)
+    report, last, starts = _read(session, disks, order.settles, keys)
     steps = outcomes(report)
     reason, medium = _reason(steps), folder / _MEDIUM
     attached = medium if has_medium(domain.definition(), name, medium) else None
     if not reason and not _from_its_disk(domain, name, medium, starts):
         reason = f"which disk has its loader is not known, since its /boot lies on {', '.join(starts)}"
         return Settled(name, reason, steps, attached, again=False)
-    return Settled(name, reason, steps, attached)
+    # The image of an older release tries nothing again that was left; nor does a new one of the same point for the same
+    # target, whose report has the same name.
+    stays = f"{REPORTS}/{order.settles}" if reason and last else ""
+    return Settled(name, reason, steps, attached, again=not stays, last=stays)
 
 
 def _from_its_disk(domain: Domain, name: str, medium: Path, starts: Sequence[str]) -> bool:
@@ -129,18 +134,20 @@ def outcomes(report: str) -> tuple[StepDone, ...]:
 
 def _read(
     session: Session, disks: Mapping[str, Path], settles: str, keys: Sequence[bytes]
-) -> tuple[str, tuple[str, ...]]:
-    """The report, and the disks that /boot lies on, where the loader is (`images/settle/steps/loader.sh`)."""
+) -> tuple[str, bool, tuple[str, ...]]:
+    """The report; whether it is the last one; the disks that /boot lies on, where the loader is
+    (`images/settle/steps/loader.sh`)."""
     scratch = Path(tempfile.mkdtemp(prefix="settled-", dir=session.home.path / "run"))
     try:
         images = {disk: f"{_FORMAT}:{path}" for disk, path in disks.items()}
         kept, accelerator = readers.folder(session), session.settings.accelerator
         with open_guest(images, scratch, keys=keys, appliances=kept, accelerator=accelerator) as guest:
+            last = True
             try:
                 told = guest.tree.read(f"{REPORTS}/{settles}", _MOST)
             except FileNotFoundError:  # of a start after which not all was done
-                told = guest.tree.read(f"{REPORTS}/{settles}.failed", _MOST)
-            return told.decode(errors="replace"), guest.mounts.get("/boot", guest.mounts["/"]).disks
+                told, last = guest.tree.read(f"{REPORTS}/{settles}.failed", _MOST), False
+            return told.decode(errors="replace"), last, guest.mounts.get("/boot", guest.mounts["/"]).disks
     except FileNotFoundError as error:
         reason = "the guest has not settled yet: its disk has no report of it"
         raise ImageError(reason=reason, hint="start it; its console tells each step") from error
