@@ -60,7 +60,7 @@ class Reverts:
                 results = resume(session, pending.uuid)
         except Locked as error:
             log.info("revert of %s: %s", pending.domain, error)  # somebody else has come first
-            self._tries.note(pending.uuid, failures)
+            self._tries.note_held(pending.uuid)
         except NothingToResume:
             pass
         except RewindError as error:
@@ -143,7 +143,7 @@ class BroughtUp:
                     streaming.resume(session, name)
         except Locked as error:
             log.info("image %s: %s", name, error)  # whoever begins or forgets it has come first
-            self._tries.note(name, failures)
+            self._tries.note_held(name)
         except RewindError as error:
             self._failed(name, failures, reason(error))
         except Exception as error:

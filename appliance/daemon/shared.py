@@ -4,7 +4,7 @@
     a worker's thread   does it in a session of its own, says what came of it, and wakes the loop
 
 A pause is told by failures in a row and not by what failed: a minute after the first, then twice as long, and so on up
-to an hour.
+to an hour. What somebody else holds is looked at again after seconds, however often it has failed.
 """
 
 from __future__ import annotations
@@ -60,15 +60,17 @@ class Shared:
 
 
 class Tried(NamedTuple):
-    """When something was last tried, in seconds of Unix, and how often in a row it has failed."""
+    """When something was last tried, in seconds of Unix, and how often in a row it has failed. `held`: it was not
+    tried, since somebody else had it."""
 
     when: float = 0.0
     failures: int = 0
+    held: bool = False
 
     @property
     def may_again(self) -> bool:
         """Whether the pause after it is over."""
-        return time.time() >= self.when + pause(self.failures)
+        return time.time() >= self.when + (_SOON if self.held else pause(self.failures))
 
 
 class Tries(dict[str, Tried]):
@@ -80,6 +82,10 @@ class Tries(dict[str, Tried]):
     def note(self, key: str, failures: int) -> None:
         """It was tried until now."""
         self[key] = Tried(time.time(), failures)
+
+    def note_held(self, key: str) -> None:
+        """Somebody else has it: it is not known whether it would fail once more."""
+        self[key] = Tried(time.time(), self[key].failures, held=True)
 
 
 def pause(failures: int) -> float:

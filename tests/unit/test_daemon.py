@@ -285,6 +285,30 @@ class Slow:
         self.thread.join()
 
 
+@pytest.mark.parametrize("kind", ["revert", "image"])
+def test_what_somebody_holds_is_tried_soon_however_often_it_has_failed(kind, session, monkeypatch):
+    """And the next failure counts with those before."""
+    Points(monkeypatch)
+    reverts, images = Reverts(monkeypatch, *["web"][: kind == "revert"]), Images(monkeypatch, session.home)
+    if kind == "image":
+        images.add(streams, "web", phase="pulling", key="1:0")
+    daemon = Daemon(session, lambda _event: None)
+    part, made, key = (
+        (daemon._reverts, reverts, "uuid-web") if kind == "revert" else (daemon._brought_up, images, "web")
+    )  # fmt: skip
+    part._tries[key] = Tried(time.time() - 3601, 7)
+    made.broken = Locked(url="domain 'web'", holder="rewind resume")
+    daemon.round(), daemon.round()
+    assert len(made.calls) == 1
+    part._tries[key] = part._tries[key]._replace(when=time.time() - 6)
+    made.broken = NotRecoverable(point="target", reason="no repository")
+    daemon.round()
+    assert len(made.calls) == 2
+    part._tries[key] = part._tries[key]._replace(when=time.time() - 61)
+    daemon.round()
+    assert len(made.calls) == 2 and part._tries[key].failures == 8
+
+
 def test_machine_that_lives_does_not_wait_for_those_that_do_not_come_back(session, monkeypatch):
     """P6-14: its server has died, while a minute is spent on each of many that failed before."""
     images, daemon = Images(monkeypatch, session.home), Daemon(session, lambda _event: None)
