@@ -26,6 +26,8 @@ _INITRAMFS = {
 }  # fmt: skip
 _DHCP = ("dhclient", "dhcpcd", "dhcpcd5", "udhcpc", "pump")
 _STAYS = "the boot medium has to stay"
+# Of a program, which a package brings: all else stays as it is.
+_LACKS = "the guest has no"
 
 
 def lacking(plan: Plan, tree: Tree, volumes: Sequence[Volume], chosen: Collection[str]) -> tuple[str, ...]:
@@ -34,10 +36,10 @@ def lacking(plan: Plan, tree: Tree, volumes: Sequence[Volume], chosen: Collectio
     if "loader" in chosen:
         found += [f"it will not start by itself: {one}; {_STAYS}" for one in _settling(plan, tree, volumes)]
     if "grow" in chosen and not _has(tree, "sfdisk"):
-        found.append("its root will not grow: the guest has no sfdisk (fdisk)")
+        found.append(f"its root will not grow: {_LACKS} sfdisk (fdisk)")
     if "ssh-keys" in chosen and not _has(tree, "ssh-keygen") and _host_keys(tree):
-        found.append("it will keep its SSH host keys: the guest has no ssh-keygen (openssh-client)")
-    if found:
+        found.append(f"it will keep its SSH host keys: {_LACKS} ssh-keygen (openssh-client)")
+    if any(_LACKS in one for one in found):
         found.append("a package can be installed once the guest runs: each start from the boot medium tries again")
     if "addresses" in chosen and not any(_has(tree, one) for one in _DHCP):
         found += [f"fixed addresses in {one} will stay: the guest has no program that asks by DHCP (isc-dhcp-client), "
@@ -52,7 +54,7 @@ def _settling(plan: Plan, tree: Tree, volumes: Sequence[Volume]) -> Iterator[str
     elif client.generator not in _INITRAMFS:
         yield f"the tool that made {client.initrd} is not known"
     else:
-        yield from (f"the guest has no {one}" for one in _INITRAMFS[client.generator] if not _has(tree, one))
+        yield from (f"{_LACKS} {one}" for one in _INITRAMFS[client.generator] if not _has(tree, one))
     if client.firmware is not firmware:
         kinds = {one.kind for one in volumes if one.kind}
         yield from _uefi(plan, tree, kinds) if firmware is Firmware.UEFI else _bios(tree, kinds)
@@ -66,20 +68,20 @@ def _uefi(plan: Plan, tree: Tree, kinds: Collection[str]) -> Iterator[str]:
         yield f"no loader of its disk is signed for Secure Boot, and the guest cannot sign one{unless}"
         return
     if not _has_grub(tree, "x86_64-efi"):
-        yield f"the guest has no GRUB for UEFI (grub-efi-amd64-bin){unless}"
+        yield f"{_LACKS} GRUB for UEFI (grub-efi-amd64-bin){unless}"
     for program, package in () if there else (("mkfs.vfat", "dosfstools"), ("sfdisk", "fdisk")):
         if not _has(tree, program):
-            yield f"the guest has no {program} ({package}) to make an EFI system partition with"
+            yield f"{_LACKS} {program} ({package}) to make an EFI system partition with"
 
 
 def _bios(tree: Tree, kinds: Collection[str]) -> Iterator[str]:
     if exists(tree, "/boot/grub/i386-pc"):
         return  # GRUB was put in front of this disk before, and may be there still
     if not _has_grub(tree, "i386-pc"):
-        yield "the guest has no GRUB for a BIOS (grub-pc-bin)"
+        yield f"{_LACKS} GRUB for a BIOS (grub-pc-bin)"
     gpt = any(not one.startswith("0x") for one in kinds)
     if gpt and _BIOS_BOOT not in kinds and not _has(tree, "sfdisk"):
-        yield "the guest has no sfdisk (fdisk) to make a BIOS boot partition with"
+        yield f"{_LACKS} sfdisk (fdisk) to make a BIOS boot partition with"
 
 
 def _has_grub(tree: Tree, platform: str) -> bool:

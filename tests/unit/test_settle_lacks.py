@@ -52,10 +52,12 @@ def told(folder, files, kinds=("0x83",), after=None, of=BIOS, to=BIOS, **changes
 def test_what_keeps_a_disk_from_starting_by_itself(tmp_path, changes, files, words):
     """P6-19: the README names these programs; who did not read it learned of them after the boot."""
     found = told(tmp_path, files, **changes)
-    assert len(found) == (len(words) + 1 if words else 0)
+    # A package is of no use where no program is named.
+    named = any(")" in word or word.startswith("no ") for word in words)
+    assert len(found) == len(words) + named
     for one, word in zip(found, words, strict=False):
         assert word in one and "the boot medium has to stay" in one
-    assert not words or "each start from the boot medium tries again" in found[-1]
+    assert ("each start from the boot medium tries again" in "".join(found[-1:])) == named
 
 
 def test_a_loader_that_nobody_signed_is_of_no_use_to_secure_boot(tmp_path):
@@ -63,7 +65,7 @@ def test_a_loader_that_nobody_signed_is_of_no_use_to_secure_boot(tmp_path):
     made = replace(made, inventory=made.inventory.model_copy(update={"secure_boot": True}))
     write_tree(tmp_path, dict.fromkeys((*TOOLS, GRUB, "/usr/lib/grub/x86_64-efi/"), ""))
     found = lacking(made, FolderTree(tmp_path), (), ["loader"])
-    assert "signed for Secure Boot" in found[0] and len(found) == 2
+    assert "signed for Secure Boot" in found[0] and len(found) == 1
 
 
 @pytest.mark.parametrize(

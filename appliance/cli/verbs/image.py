@@ -325,7 +325,7 @@ def _plan(
 ) -> None:  # fmt: skip
     """Tell which drivers an image of DOMAIN for a target would have, and why. Nothing is written.
 
-    With --settle and its like also what the guest lacks for that: programs that have to be in the point.
+    With --settle and its like also what the guest lacks for that.
 
     Where a driver is missing that has to be there the plan ends as `build` would: refused, with the list.
     """
