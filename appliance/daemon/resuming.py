@@ -48,6 +48,7 @@ class Reverts:
         except RewindError as error:
             log.warning("reverts of %s: %s", self._shared.home.path, error)
             return set()
+        self._tries.keep(held)
         for one in waiting:
             tried = self._tries[one.uuid]
             if one.uuid not in running and tried.may_again:
@@ -92,6 +93,7 @@ class BroughtUp:
 
     def start(self, pool: ThreadPoolExecutor) -> None:
         """As many workers as are free, while there is something for them."""
+        self._tries.keep([*hydrate.names(self._shared.home), *streams.names(self._shared.home)])
         for key in _IMAGES:
             if key not in self._shared.running and self._waiting(time.time()):
                 self._shared.running[key] = pool.submit(self._resume_each)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -74,7 +74,8 @@ class Tried(NamedTuple):
 
 
 class Tries(dict[str, Tried]):
-    """Of what was never tried, too. No lock: each look and each change is one step, and a key has one worker."""
+    """Of what was never tried, too. No lock: each look and each change is one step, and a key has one worker. What is
+    not there any more has to be dropped (`keep`), or another one of its name would begin with its failures."""
 
     def __missing__(self, key: str) -> Tried:
         return Tried()
@@ -82,6 +83,11 @@ class Tries(dict[str, Tried]):
     def note(self, key: str, failures: int) -> None:
         """It was tried until now."""
         self[key] = Tried(time.time(), failures)
+
+    def keep(self, keys: Collection[str]) -> None:
+        """Those alone."""
+        for key in set(self) - set(keys):
+            self.pop(key, None)
 
     def note_held(self, key: str) -> None:
         """Somebody else has it: it is not known whether it would fail once more."""

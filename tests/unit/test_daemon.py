@@ -309,6 +309,23 @@ def test_what_somebody_holds_is_tried_soon_however_often_it_has_failed(kind, ses
     assert len(made.calls) == 2 and part._tries[key].failures == 8
 
 
+def test_what_has_ended_leaves_its_failures_to_nobody(session, monkeypatch):
+    """Another revert of the domain, another session of that name: each is tried at once when nobody works for it."""
+    Points(monkeypatch)
+    reverts, images = Reverts(monkeypatch, "web"), Images(monkeypatch, session.home)
+    images.add(streams, "rack", phase="pulling", key="1:0")
+    reverts.broken = images.broken = NotRecoverable(point="target", reason="no repository")
+    daemon = Daemon(session, lambda _event: None)
+    daemon.round(), daemon.round()
+    assert reverts.calls == ["web"] and images.calls == [("served", "rack")]
+    shutil.rmtree(streams.folder(session.home, "rack")), reverts.names.clear(), reverts.left.clear()
+    daemon.round()
+    images.add(streams, "rack", phase="pulling", key="1:0")
+    reverts.names.add("web"), reverts.left.add("web")
+    daemon.round()
+    assert reverts.calls == ["web"] * 2 and images.calls == [("served", "rack")] * 2
+
+
 def test_machine_that_lives_does_not_wait_for_those_that_do_not_come_back(session, monkeypatch):
     """P6-14: its server has died, while a minute is spent on each of many that failed before."""
     images, daemon = Images(monkeypatch, session.home), Daemon(session, lambda _event: None)
