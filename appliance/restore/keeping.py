@@ -89,11 +89,15 @@ class Keeper:
             "holds": self._lock is not None, "served": self._view.served, "error": self._view.error,
             "slot": self._view.slot,
         }  # fmt: skip
-        if now != self._written:
-            temporary = self._folder / ".keeper.json"
+        if now == self._written:
+            return
+        temporary = self._folder / ".keeper.json"
+        try:
             temporary.write_text(json.dumps(now))
             temporary.replace(self._folder / "keeper.json")
             self._written = now
+        except OSError as error:  # a full disk must not take the view and the image lock with it
+            _log.warning("cannot write down what is kept for %s: %s", self._uuid, error)
 
     # --- the view ---
 

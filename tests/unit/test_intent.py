@@ -1,15 +1,21 @@
 """The intent of a revert: what is durable, who drives."""
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from appliance.config import Home
+from appliance.config import Home, Settings
 from appliance.errors import RestoreError, RevertUnderWay
 from appliance.model import MapRef
+from appliance.process import process_key
 from appliance.restore import intent as intents
+from appliance.restore import keeper
 from appliance.restore.intent import DiskIntent, Intent, Phase
+from appliance.restore.keeping import Keeper
 
 
 def made(**changes):
@@ -106,3 +112,19 @@ def test_discard_brings_the_revert_before_back(home):
     intents.save(home, made())
     intents.discard(home, "u-1")
     assert intents.load(home, "u-1") is None
+
+
+def test_a_keeper_goes_on_when_the_disk_is_full(home, monkeypatch):
+    """P5-14: the view that a guest reads would have nobody, and the images of a dead QEMU no lock."""
+
+    def full(path, _text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    intents.save(home, made())
+    kept = Keeper(home, "u-1", Settings())
+    monkeypatch.setattr(Path, "write_text", full)
+    kept._note()
+    assert keeper.state(home, "u-1") == {}
+    monkeypatch.undo()
+    kept._note()
+    assert keeper.state(home, "u-1")["key"] == process_key(os.getpid())
