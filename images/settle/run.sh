@@ -1,6 +1,7 @@
 #!/bin/sh
 # shellcheck disable=SC1091,SC2034 # files of the image; variables are for them
-# Runs the steps of one phase, each in a shell of its own: `run identity` or `run settle`. Once for an image.
+# Runs the steps of one phase, each in a shell of its own: `run identity` or `run settle`. What was done is not done again
+# for this image; what failed is tried at each start from it, and so is what `settle` had to leave.
 #
 # A step ends with 0 (done), 3 (nothing to do), 4 (left as it was, with the reason) or anything else (failed, and what it
 # had changed is as before). What it says goes to the console, to the journal and to the report.
