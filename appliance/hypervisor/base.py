@@ -164,6 +164,10 @@ class Pulls(Protocol):
         neither definition: False."""
         ...
 
+    def stopped_by_error(self) -> bool:
+        """Whether QEMU itself has paused the guest, at a read or write that failed."""
+        ...
+
     def undefine(self) -> None:
         """End it if it runs, and have its manager forget it with its UEFI variables; its disks stay."""
         ...

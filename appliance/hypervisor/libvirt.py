@@ -308,6 +308,10 @@ class LibvirtDomain:
         # Detached from the guest that runs it may still be what the next start opens.
         return bool(self._definition(live=False).backed(target) if found is None else found)
 
+    def stopped_by_error(self) -> bool:
+        state = self.call(lambda domain: domain.state())
+        return bool(state == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR])
+
     def undefine(self) -> None:
         self.destroy()
         self.call(lambda domain: domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM), repeat=False)

@@ -38,6 +38,7 @@ from appliance.model import MapRef
 from appliance.process import alone, lives, process_key
 from appliance.restore import outliving
 from appliance.restore.kept import KeptView, kill, views_of
+from appliance.restore.standstill import Standstill
 
 if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
@@ -151,6 +152,7 @@ class Hydration:
         self._folder = folder(home, name)
         self._view = KeptView(name, self._make_view, socket_path(home, order.uuid), settings.view_timeout)
         self._hypervisor: Hypervisor | None = None
+        self._standstill = Standstill()
         self._next_pull: dict[str, float] = {}
         self._refused: dict[str, str] = {}  # target → why libvirt does not begin its pull
         self._seen = _Seen("off", tuple(order.disks), 0, 0, "")  # written by the second thread, read by the main one
@@ -200,6 +202,8 @@ class Hydration:
                 return _Seen("done", (), size, size, "")
             if domain.state() is DomainState.SHUTOFF:
                 return _Seen("off", left, 0, 0, "")
+            if lives(self._view.key) and not self._view.error:
+                self._standstill.end(domain)
             jobs = [self._pull(domain, target) for target in left]
             full = "" if all(one[1] for one in jobs) else _full(domain, left)
         except HypervisorError as error:

@@ -63,7 +63,8 @@ def for_hardware(
     of_a_domain: bool = True, reconnect: int = 300,
 ) -> str:  # fmt: skip
     """The definition. `disks` by target name (see `wanted_disks`), `addresses` the MACs of its cards in order. A read
-    of an overlay's view waits for `reconnect` seconds when nobody answers, then fails. `of_a_domain`: another domain
+    of an overlay's view waits for `reconnect` seconds when nobody answers, before QEMU stops the guest (libvirt 9.0
+    knows no such time: at once). `of_a_domain`: another domain
     has this definition, so what two cannot share is left to libvirt.
 
     Raises NotSupported when `xml` is no definition of a domain, or has no place for the medium.
@@ -164,10 +165,11 @@ def _replace_disks(root: ET.Element, disks: Mapping[str, NewDisk], reconnect: in
     for target, new in disks.items():
         like = old.get(target)
         element = ET.SubElement(devices, "disk", type="file", device="disk")
-        ET.SubElement(element, "driver", name="qemu", type="qcow2", discard="unmap")
+        driver = ET.SubElement(element, "driver", name="qemu", type="qcow2", discard="unmap")
         ET.SubElement(element, "source", file=str(new.path))
         if new.socket is not None:
             _backing(element, new, reconnect)
+            driver.set("error_policy", "stop")  # and not told to the guest; see standstill.py
         ET.SubElement(element, "target", dev=target, bus=_get(last if like is None else like, "target", "bus"))
         address = like.find("address") if like is not None else None
         if address is not None:

@@ -39,6 +39,9 @@ class Domain:
     def pulling(self, _target):
         return None
 
+    def stopped_by_error(self):
+        return False
+
     def undefine(self):
         raise AssertionError("nobody asks for that")
 
