@@ -12,7 +12,6 @@ people at the command line are kept apart by the domain's own lock, for which th
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -29,9 +28,10 @@ from appliance.daemon.resuming import BroughtUp, Reverts
 from appliance.daemon.shared import Event, Shared, Tries, reason, unexpected
 from appliance.daemon.verifying import Verifying
 from appliance.errors import Locked, NoSuchPoint, RewindError, StoreError
+from appliance.process import alone
 from appliance.schedule import Task, due, next_time
 from appliance.service import Session
-from appliance.service.locks import daemon_lock
+from appliance.service.locks import GLANCE, daemon_lock
 from appliance.service.protection import point
 from appliance.service.tap import ensure, missing, paused_until
 
@@ -178,20 +178,12 @@ class Daemon:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         path = daemon_lock(self._home)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid = os.pread(handle, 32, 0).decode().strip()
-                raise Locked(
-                    url=str(self._home.path), holder=f"the daemon with process {pid}", hint="one daemon serves a home"
-                ) from None
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        with alone(path, GLANCE) as first:  # it may only be looked at
+            if not first:
+                holder = f"the daemon with process {path.read_text()}"
+                raise Locked(url=str(self._home.path), holder=holder, hint="one daemon serves a home")
+            path.write_text(str(os.getpid()))
             yield
-        finally:
-            os.close(handle)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from appliance.errors import ConfigError, DomainNotFound, Locked, NoSuchTemplate
 from appliance.model import Consistency, Point
 from appliance.process import process_key
 from appliance.restore import hydrate, streams
-from appliance.service import Session
+from appliance.service import Session, locks
 from appliance.service.image import evidence, scheduled, starting, streaming, verifying
 from appliance.service.setup import init
 from appliance.service.underway import Pending
@@ -129,6 +130,17 @@ def test_one_daemon_serves_a_home(session, monkeypatch):
         with pytest.raises(Locked, match="daemon"):
             second.round()
     assert not session.daemon_runs()
+
+
+def test_a_daemon_starts_while_somebody_looks_whether_one_runs(session, monkeypatch):
+    """`status` holds its lock for an instant."""
+    points = Points(monkeypatch)
+    protect(session, "web")
+    look = os.open(locks.daemon_lock(session.home), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    threading.Timer(0.1, os.close, [look]).start()
+    Daemon(session, lambda _event: None).round()
+    assert points.taken == ["web"]
 
 
 class Reverts:
