@@ -30,6 +30,5 @@ def refuse_without(size: int, folder: Path, what: str) -> None:
     free = free_in(folder)
     if free is not None and free < size:
         needs = f"{what}, which take at least {format_size(size)}"
-        # Of some callers the folder is the home's own: another one cannot be named then.
-        hint = "make room there; nothing was written"
+        hint = "make room there, or name another folder; nothing was written"
         raise NoSpace(url=f"{folder} ({format_size(free)} are free)", name=needs, hint=hint)

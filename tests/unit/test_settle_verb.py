@@ -255,9 +255,8 @@ def test_room_is_that_of_the_folder_that_is_there(tmp_path):
     assert free_in(tmp_path / "not/yet") == free_in(tmp_path) > 0
     refuse_without(1, tmp_path / "not/yet", "a byte")
     assert free_in(Path("/proc/not/yet")) is None  # it counts no blocks, so it says nothing of room
-    with pytest.raises(NoSpace) as told:
+    with pytest.raises(NoSpace):
         refuse_without(1 << 80, tmp_path / "not/yet", "more than there is")
-    assert told.value.hint == "make room there; nothing was written"  # `image verify` has no folder to be named
 
 
 DONE, FAILED = settling.StepDone("loader", "done", ()), settling.StepDone("grow", "failed", ("out of luck",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -10,17 +11,19 @@ import pytest
 
 from appliance.cli.verbs import verification
 from appliance.config import Home
-from appliance.errors import NotSupported, ObjectNotFound, TargetExists
-from appliance.service.image import evidence
+from appliance.errors import NoSpace, NotSupported, ObjectNotFound, TargetExists
+from appliance.service.image import evidence, verifying
 from appliance.store import Repository
 from appliance.store.backend.memory import MemoryBackend
 from images import hardware
 from images.model import Device, Firmware, Inventory, Nic
+from images.room import refuse_without
 from images.verify import report
 from images.verify.judge import Waiting, judge, printable
 from images.verify.machine import machine_for
 from images.verify.manifest import LARGEST, Manifest, differences, heard, lying
 from tests.support.imagekit import FolderTree
+from tests.support.settling import plan
 
 RELEASE = "6.1.0-50-amd64"
 BANNER = f"[    0.000000] Linux version {RELEASE} (debian-kernel@lists.debian.org)\r\n".encode()
@@ -311,3 +314,22 @@ def test_what_evidence_is_written_is_told(session, tmp_path):
     assert "this user alone" in said[-1]
     assert all(any(one.endswith(f": {words}") for one in said) for name, words in verification._WRITTEN.items()
                if name in ("report.txt", "evidence.json"))  # fmt: skip
+
+
+def test_nobody_is_told_to_name_another_folder(session, tmp_path, monkeypatch):
+    """P6-28: the image lies in the home while it is booted."""
+
+    @contextmanager
+    def prepared(*_):
+        yield SimpleNamespace(
+            planned=SimpleNamespace(plan=plan()), guest=SimpleNamespace(tree=None), template=None, store=None
+        )
+
+    monkeypatch.setattr(verifying.making, "prepared", prepared)
+    monkeypatch.setattr(verifying, "_inventory", lambda *_: hardware.profile("qemu-virtio-bios"))
+    monkeypatch.setattr(verifying, "build_image", lambda *_, folder, **__: refuse_without(1 << 80, folder, "the files"))
+    monkeypatch.setattr(verifying.drivers, "reader", lambda *_: None)
+    point = SimpleNamespace(domain_uuid="u", id="p")
+    with pytest.raises(NoSpace) as told:
+        verifying._prepare(session, point, (), "", tmp_path, "")
+    assert told.value.hint == "make room there; nothing was written"

@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import BadInventory, Interrupted, ToolFailed
+from appliance.errors import BadInventory, Interrupted, NoSpace, ToolFailed
 from appliance.model import DiskPoint, Point
 from appliance.restore.export import ViewServer
 from appliance.restore.rehearsal import Layer, Outcome, Stage, guest_user, rehearse
@@ -129,11 +129,22 @@ def _prepare(
         plan, added = _on_the_console(ready.planned.plan, machine.console)
         settings = settings_for(plan)
         settings = replace(settings, run={**settings.run, **reporter(machine.report)}, linger_seconds=5)
-        built = build_image(
-            plan, ready.guest.tree, ready.template, media=[_MEDIUM], folder=folder / "image", settings=settings,
-            driver_store=drivers.reader(ready.store, plan.client.release),
-        )  # fmt: skip
+        with _in_the_home():
+            built = build_image(
+                plan, ready.guest.tree, ready.template, media=[_MEDIUM], folder=folder / "image", settings=settings,
+                driver_store=drivers.reader(ready.store, plan.client.release),
+            )  # fmt: skip
         return _Prepared(plan, machine, built.files[_MEDIUM], lying(ready.guest.tree), added, ready.template.id)
+
+
+@contextmanager
+def _in_the_home() -> Iterator[None]:
+    """A hint that is true here, where nobody has named the folder nor could name another one."""
+    try:
+        yield
+    except NoSpace as error:
+        error.hint = "make room there; nothing was written"
+        raise
 
 
 def _inventory(session: Session, point: Point, target: str) -> Inventory:
