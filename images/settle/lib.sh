@@ -42,6 +42,24 @@ replace() {
     cat >"$fresh" && sync "$fresh" && mv "$fresh" "$place"
 }
 
+# A copy of $1 below the folder `first` until the step has ended: whole, and on the disk before the file is changed. That
+# of a start that was cut off stays.
+# shellcheck disable=SC2154 # the step says where
+original() {
+    [ ! -e "$first$1" ] || return 0
+    mkdir -p "$first${1%/*}" && cp -p "$1" "$first.new" && sync "$first.new" && mv "$first.new" "$first$1" &&
+        sync "$first$1"
+}
+
+# The files are as before, and their originals go.
+originals_back() {
+    find "$first" -type f 2>/dev/null | while IFS= read -r old; do
+        [ ! -f "${old#"$first"}" ] || replace "${old#"$first"}" <"$old" || exit 1
+    done || return 1
+    sync
+    rm -rf "$first"
+}
+
 # The partition table of /dev/$1 as a file $2 that sfdisk takes back.
 keep_table() { sfdisk -d "/dev/$1" >"$2.new" && sync "$2.new" && mv "$2.new" "$2" && sync "$2"; }
 

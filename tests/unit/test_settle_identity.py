@@ -294,6 +294,22 @@ def test_netplan_that_is_not_understood_stays_as_it_was(netplan, text, said):
     assert said in "\n".join(done.report) and "addresses: left as it was" in done.report
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_netplan_is_asked_again_after_a_start_that_was_cut_off(root, takes):
+    """P6-24: its files are written by then, and the next start has to know what they were."""
+    text = "network:\n  ethernets:\n    lan0:\n      addresses: [10.0.0.5/24]\n"
+    root.write("/etc/netplan/01.yaml", text, 0o600)
+    root.program("netplan", "kill -KILL -1", "bash")
+    root.cut(plan(), {"addresses": {}}, "identity", 1 << 20)
+    assert root.read("/etc/netplan/01.yaml") != text
+    root.program("netplan", "" if takes else "grep -q addresses /etc/netplan/01.yaml")
+    done = identified(root, "addresses")
+    assert ("addresses: changed: /etc/netplan/01.yaml" in done.report) == takes, done
+    assert f"addresses: {'done' if takes else 'left as it was'}" in done.report
+    assert (root.read("/etc/netplan/01.yaml") == text) != takes
+    assert not list(root.path("/var/lib/rewind/before").glob("addresses-*"))
+
+
 def test_netplan_finds_the_new_card(netplan):
     """P6-15, P6-24: a card that is found by its address is another one here. What gives a card an address stays."""
     netplan.write("/etc/netplan/50-cloud-init.yaml", NETPLAN, 0o600)

@@ -60,11 +60,14 @@ for file in /etc/NetworkManager/system-connections/*; do
         /^cloned-mac-address=[0-9A-Fa-f][0-9A-Fa-f]:/ { next }
         { print }'
 done
-# netplan: what a card has at the depth of its own keys, whatever is below them.
+# netplan: what a card has at the depth of its own keys, whatever is below them. Whether netplan takes its files is known
+# when all are written: one with an original has to be looked at again, also after a start that was cut off.
+first=$RW_STATE/before/addresses-$RW_IMAGE
 for file in /etc/netplan/*.yaml; do
     [ -f "$file" ] || continue
-    netplan_fixed "$file" || netplan_gives_mac "$file" || continue
-    mkdir -p "$RW_HERE/netplan" && cp -p "$file" "$RW_HERE/netplan" || fail "$file cannot be kept"
+    [ -e "$first$file" ] || netplan_fixed "$file" || netplan_gives_mac "$file" || continue
+    original "$file" || fail "$file cannot be kept"
+    cmp -s "$file" "$first$file" || changed="$changed $file"
     # shellcheck disable=SC2016 # awk's own fields
     rewrite "$file" awk '
         function close_card() { if (had && !told) printf "%*sdhcp4: true\n", own, ""; had = 0; told = 0; own = 0 }
@@ -90,13 +93,15 @@ done
 case $changed in
     *.yaml*)
         if ! netplan_again; then
-            for file in "$RW_HERE/netplan"/*; do replace "/etc/netplan/${file##*/}" <"$file"; done
+            files=$(cd "$first/etc/netplan" && echo *)
+            originals_back || fail "netplan does not take $files, which were to be as before, and are not: $first has them"
             netplan_again
-            say "netplan does not take $(cd "$RW_HERE/netplan" && echo *) without fixed addresses: they are left"
+            say "netplan does not take $files without fixed addresses: they are left"
             left=1 changed=$(printf '%s' "$changed" | tr ' ' '\n' | grep -v '\.yaml$' | tr '\n' ' ')
         fi
         ;;
 esac
+rm -rf "$first"
 for file in /etc/sysconfig/network-scripts/ifcfg-* /etc/sysconfig/network/ifcfg-*; do
     if [ -f "$file" ] && grep -Eqi '^IPADDR[0-9]*=' "$file"; then
         say "$file has fixed addresses and is left as it is"

@@ -10,19 +10,9 @@
 changed=
 first=$RW_STATE/before/cards-$RW_IMAGE
 
-original() {
-    [ ! -e "$first$1" ] || return 0
-    mkdir -p "$first${1%/*}" && cp -p "$1" "$first.new" && sync "$first.new" && mv "$first.new" "$first$1" &&
-        sync "$first$1"
-}
-
 # The files are as before, and their originals go: other steps may change them before this one is tried again.
 back() {
-    find "$first" -type f 2>/dev/null | while IFS= read -r old; do
-        [ ! -f "${old#"$first"}" ] || replace "${old#"$first"}" <"$old" || exit 1
-    done || fail "$1; the files were to be as before, and are not: $first has them"
-    sync
-    rm -rf "$first"
+    originals_back || fail "$1; the files were to be as before, and are not: $first has them"
     case $changed in *.yaml*) netplan_again ;; esac
     fail "$1; the files are as before"
 }
