@@ -269,12 +269,14 @@ watch_link() { # map, device, process of the client
 
 without_server() { # export, map
     doing "$(tail -n 1 "/tmp/said.$1")"
-    if [ -e "/dev/mapper/$2" ] && [ -z "$told" ]; then
-        told=yes
-        case $(cat "/tmp/said.$1") in
-            *"not present"*) tell "another machine is served instead of this one, which was silent for too long" ;;
-            *) tell "no answer from $RWS_ADDRESS:$RWS_PORT: reads and writes wait for at most $RWS_PATIENCE s" ;;
-        esac
+    case $(cat "/tmp/said.$1") in
+        *"not present"*) why="another machine is served instead of this one, which was silent for too long" ;;
+        *) why="no answer from $RWS_ADDRESS:$RWS_PORT: reads and writes wait for at most $RWS_PATIENCE s" ;;
+    esac
+    # Once, and again when it is another reason: a link breaks before anybody says why.
+    if [ -e "/dev/mapper/$2" ] && [ "$why" != "$told" ]; then
+        told=$why
+        tell "$why"
     fi
     if [ $(($(now) - since)) -ge "$RWS_PATIENCE" ]; then
         if [ -e "/dev/mapper/$2" ]; then give_up "$2" "no server for $RWS_PATIENCE s"; fi

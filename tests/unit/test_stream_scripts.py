@@ -177,3 +177,13 @@ def test_link_that_stands_or_was_refused_is_left_alone(machine):
     (machine.folder / "block/nbd0/pid").touch()
     assert machine.run("keeper.sh", "sleep 20 & until_linked nbd0 $! 0 && kill $! && echo stands") == "stands\n"
     assert machine.run("keeper.sh", "true & until_linked nbd1 $! 9 && echo ended") == "ended\n"
+
+
+def test_why_nobody_serves_it_is_told_once_and_again_when_it_is_another_reason(machine):
+    """P6-14: the link of a machine whose place was given away breaks first, and is refused after that."""
+    words = "tell() { echo \"$*\"; }; sleep() { :; }; doing() { :; }; told='' since=$(now);"
+    why = [f"echo {said} >$SAID; for _ in 1 2 3; do without_server control rewind-src-control; done" for said in
+           ("''", "'Requested export not present'")]  # fmt: skip
+    said = machine.run("keeper.sh", "; ".join((f"{words} SAID={machine.folder}/tmp/said.control", *why)))
+    first, second = said.splitlines()
+    assert first.startswith("no answer from 10.0.0.1:1") and second.startswith("another machine is served instead")
