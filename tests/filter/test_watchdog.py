@@ -46,6 +46,14 @@ def gone(recorder, timeout=5.0):
     return time.monotonic() - begun
 
 
+def await_stop(pid):
+    """Until each of its threads stands, or is gone: on a busy machine one may do more after the signal was sent."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            while (task / "stat").read_text().rpartition(")")[2].split()[0] not in "TtZX":
+                time.sleep(0.001)
+
+
 def await_dog(recorder):
     """Until it watches: a connection is all that it makes."""
     limit = time.monotonic() + 10
@@ -69,6 +77,7 @@ def test_a_journal_that_hangs_is_killed_in_time(recorder):
         client.pwrite(b"x" * 4096, 0)
         begun = time.monotonic()
         os.kill(recorder.pid, signal.SIGSTOP)
+        await_stop(recorder.pid)
         with pytest.raises(NbdFailed):
             client.pwrite(b"y" * 4096, 4096)
         waited = time.monotonic() - begun
