@@ -29,10 +29,10 @@ def root(tmp_path):
         yield found
 
 
-def larger(root, text, firmware=Firmware.UEFI):
-    """A disk of 128 MiB, whose root is sda1; nothing of GRUB is installed."""
+def larger(root, text, firmware=Firmware.UEFI, made_with=0):
+    """A disk of 128 MiB, whose table was made when it had `made_with`, with the root on sda1; no GRUB is installed."""
     (settled_disk.uefi if firmware is Firmware.UEFI else settled_disk.disk)(root)
-    settled_disk.table(root, text, mib=128)
+    settled_disk.table(root, text, mib=128, made_with=made_with)
     root.path("/boot/efi/EFI/debian/grubx64.efi").unlink(missing_ok=True)
     root.path("/usr/lib/grub/i386-pc/modinfo.sh").unlink()
     root.path("/usr/lib/grub/i386-pc").rmdir()
@@ -83,6 +83,24 @@ def test_the_root_leaves_room_for_a_bios_boot_partition(root):
     again = root.run(plan(), CHOICE, "settle")
     assert came_to(again) == {"loader": "done", "grow": "done"}, again
     assert BIOS_BOOT in root.inside("sfdisk", "-d", "/dev/sda") and root.path("/grown").exists()
+
+
+@pytest.mark.parametrize("firmware", list(Firmware))
+def test_the_room_of_a_disk_that_has_become_larger_counts(root, firmware):
+    """P6-18, P6-19: the second table of a GPT lies where the disk ended, and sfdisk knows of no room behind it."""
+    larger(root, GPT, firmware, made_with=11)
+    root.write("/usr/lib/grub/x86_64-efi/modinfo.sh", "")
+    root.write("/usr/lib/grub/i386-pc/modinfo.sh", "")
+    root.program("mkfs.vfat", "")
+    root.program("grub-install", GRUB if firmware is Firmware.BIOS else (
+        "mkdir -p /boot/efi/EFI/BOOT; echo grub >/boot/efi/EFI/BOOT/BOOTX64.EFI"
+    ))  # fmt: skip
+    done = root.run(plan(firmware=firmware), CHOICE, "settle")
+    assert came_to(done) == {"loader": "done", "grow": "done"}, done
+    found = root.inside("sfdisk", "-d", "/dev/sda")
+    root.inside("sfdisk", "-q", "--verify", "/dev/sda")
+    assert "start=          40," in found and (BIOS_BOOT if firmware is Firmware.BIOS else ESP) in found, found
+    assert int(root.read("/grown")) > 100_000
 
 
 BY_NAME = replace(UEFI, client=replace(UEFI.client, command_line="root=/dev/vda1 ro"))

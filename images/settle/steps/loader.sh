@@ -43,7 +43,20 @@ room() {
         NR > 1 && $column["Sectors"] > most { most = $column["Sectors"]; last = $column["End"] }
         END { print most + 0, last + 0 }' >"$RW_HERE/room"
     read -r most last <"$RW_HERE/room"
+    [ "$table" != gpt ] || behind
     [ "$most" -ge "$1" ]
+}
+
+# The second table of a GPT lies where the disk ended that it was made for; sfdisk tells of no room behind that.
+behind() {
+    used=0
+    for part in "/sys/class/block/$disk/$disk"*; do
+        [ -e "$part/start" ] || continue
+        until=$(($(cat "$part/start") + $(cat "$part/size")))
+        [ "$until" -le "$used" ] || used=$until
+    done
+    ends=$(($(cat "/sys/class/block/$disk/size") - 33))
+    [ $((ends - used)) -le "$most" ] || most=$((ends - used)) last=$((ends - 1))
 }
 
 # All numbers here are of such sectors.
@@ -90,7 +103,8 @@ bios() {
 }
 
 # GRUB's own partition of a GPT, in the room before the first one, else where there is 1 MiB. The table is written anew
-# as it is, but that its first usable sector is the first behind the table itself: many tools begin at 1 MiB.
+# as it is, but that its first usable sector is the first behind the table itself (many tools begin at 1 MiB), and its last
+# one where the disk ends now.
 new_bios_partition() {
     has sfdisk || stays "/dev/$disk has no BIOS boot partition, and the guest no sfdisk (fdisk) to make one with"
     has_common_sectors || never "/dev/$disk has no BIOS boot partition, and its sectors are not of 512 bytes"
@@ -104,7 +118,7 @@ new_bios_partition() {
         never "/dev/$disk has no BIOS boot partition and no room for one"
     fi
     {
-        sed 's/^first-lba:.*/first-lba: 34/' "$before.table"
+        sed 's/^first-lba:.*/first-lba: 34/; /^last-lba:/d' "$before.table"
         printf 'start=%s, size=%s, type=21686148-6449-6E6F-744E-656564454649, name="BIOS boot"\n' "$start" "$size"
     } >"$RW_HERE/new"
     try sfdisk -q --force --no-reread --no-tell-kernel "/dev/$disk" <"$RW_HERE/new" || table_back
