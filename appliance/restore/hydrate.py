@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING, Any
 from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
 from appliance.errors import HypervisorError, RestoreError, RewindError
 from appliance.hypervisor import connect
-from appliance.hypervisor.base import Domain, DomainState, Hypervisor, Pulls
+from appliance.hypervisor.base import Changes, Domain, DomainState, Hypervisor, Pulls
 from appliance.model import MapRef
 from appliance.process import alone, lives, process_key
 from appliance.restore import outliving
 from appliance.restore.kept import KeptView, kill, views_of
+from appliance.restore.newhardware import without_stops
 from appliance.restore.standstill import Standstill
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Hydration:
         self._folder = folder(home, name)
         self._view = KeptView(name, self._make_view, socket_path(home, order.uuid), settings.view_timeout)
         self._hypervisor: Hypervisor | None = None
-        self._standstill = Standstill()
+        self._standstill = Standstill(home.path)
         self._next_pull: dict[str, float] = {}
         self._refused: dict[str, str] = {}  # target → why libvirt does not begin its pull
         self._seen = _Seen("off", tuple(order.disks), 0, 0, "")  # written by the second thread, read by the main one
@@ -198,19 +199,32 @@ class Hydration:
             if not left and self._opened(domain):
                 return replace(self._seen, phase="pulling", left=())
             if not left:
-                size = sum(ref.size for ref in self._order.exports.values())
-                return _Seen("done", (), size, size, "")
+                return self._alone(domain)
             if domain.state() is DomainState.SHUTOFF:
                 return _Seen("off", left, 0, 0, "")
-            if lives(self._view.key) and not self._view.error:
-                self._standstill.end(domain)
+            answers = lives(self._view.key) and not self._view.error
+            stands = self._standstill.end(domain) if answers else ""
             jobs = [self._pull(domain, target) for target in left]
             full = "" if all(one[1] for one in jobs) else _full(domain, left)
         except HypervisorError as error:
             return replace(self._seen, phase="off", error=str(error))
         # Each reason once: several disks may have the same.
-        why = "; ".join(dict.fromkeys(one for one in (*(job[2] for job in jobs), full) if one))
+        why = "; ".join(dict.fromkeys(one for one in (stands, *(job[2] for job in jobs), full) if one))
         return _Seen("pulling", left, sum(one[0] for one in jobs), sum(one[1] for one in jobs), why)
+
+    def _alone(self, domain: Domain) -> _Seen:
+        """It needs the view no more: a guest that stood still for it goes on first, and after its next start it is told
+        of errors of its disks like any other."""
+        stands = "" if domain.state() is DomainState.SHUTOFF else self._standstill.end(domain)
+        if self._standstill.trying:
+            return replace(self._seen, phase="pulling", left=(), error=stands)
+        if isinstance(domain, Changes):
+            try:
+                domain.change(lambda xml: without_stops(xml, self._order.domain, self._order.disks))
+            except HypervisorError as error:
+                _log.warning("%s is still stopped when a disk fails: %s", self._order.domain, error)
+        size = sum(ref.size for ref in self._order.exports.values())
+        return _Seen("done", (), size, size, stands)
 
     def _opened(self, domain: Domain) -> bool:
         """Whether QEMU still has the view open. libvirt calls a disk alone before it has QEMU close what was below: a

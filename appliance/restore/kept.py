@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class KeptView:
     """`make(socket)` gives a view that was not started, which answers at `socket`. `place` is where QEMU finds it.
 
-    `tend` and `stop` belong to one thread. A second one of ours pings.
+    `tend` and `stop` belong to one thread; any may read `key` and `error`. A second one of ours pings.
     """
 
     def __init__(self, name: str, make: Callable[[Path], ViewServer], place: Path, timeout: float) -> None:
@@ -65,7 +65,8 @@ class KeptView:
     @property
     def key(self) -> str:
         """Of its process; empty when there is none."""
-        return process_key(self._view.pid) if self._view is not None and self._view.alive() else ""
+        view = self._view  # its own thread may be ending it
+        return process_key(view.pid) if view is not None and view.alive() else ""
 
     @property
     def shows(self) -> str:
@@ -80,6 +81,7 @@ class KeptView:
             self._pinging.start()
         if self._view is not None and self._shows == wanted and self._view.alive():
             if time.monotonic() - self._seen < self._timeout / 2:
+                self.error = ""
                 return
             _log.warning("the view of %s does not answer: another takes its place", self._name)
         if time.monotonic() >= self._next_start:

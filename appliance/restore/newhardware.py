@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.errors import NotSupported
 
-__all__ = ["NewDisk", "for_hardware", "has_drive", "has_medium", "macs", "wanted_disks", "without_medium"]
+__all__ = [
+    "NewDisk", "for_hardware", "has_drive", "has_medium", "macs", "wanted_disks", "without_medium", "without_stops",
+]  # fmt: skip
 
 _OF_A_RUN = ("uuid", "seclabel", "resource", "os/nvram")
 _LINES = ("serial", "console", "parallel", "channel")
@@ -60,11 +62,11 @@ def macs(xml: str, name: str) -> list[str]:
 
 def for_hardware(
     xml: str, name: str, disks: Mapping[str, NewDisk], medium: Path, addresses: Sequence[str], *,
-    of_a_domain: bool = True, reconnect: int = 300,
+    of_a_domain: bool = True, reconnect: int = 10,
 ) -> str:  # fmt: skip
     """The definition. `disks` by target name (see `wanted_disks`), `addresses` the MACs of its cards in order. A read
     of an overlay's view waits for `reconnect` seconds when nobody answers, before QEMU stops the guest (libvirt 9.0
-    knows no such time: at once). `of_a_domain`: another domain
+    knows no such time: at once); the guest's own drivers give a request up after 30 s. `of_a_domain`: another domain
     has this definition, so what two cannot share is left to libvirt.
 
     Raises NotSupported when `xml` is no definition of a domain, or has no place for the medium.
@@ -85,6 +87,17 @@ def for_hardware(
     if of_a_domain:
         _drop_host_paths(root)
     _boot_from(root, medium)
+    return ET.tostring(root, encoding="unicode")
+
+
+def without_stops(xml: str, name: str, targets: Collection[str]) -> str:
+    """The definition with which the guest is told when a read or write of these disks fails, as it is of any other.
+    Raises NotSupported when it is no definition."""
+    root = _parse(xml, name)
+    for disk in root.findall("devices/disk"):
+        driver = disk.find("driver")
+        if driver is not None and _target(disk) in targets:
+            driver.attrib.pop("error_policy", None)
     return ET.tostring(root, encoding="unicode")
 
 

@@ -11,30 +11,58 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
+from appliance.errors import HypervisorError, Locked
+from appliance.hypervisor import hostlock
 from appliance.hypervisor.base import Domain, Pulls
 
 __all__ = ["Standstill"]
 
-# A guest whose own disk fails is stopped again at once.
-_AGAIN = 2.0
+# A guest whose own disk fails, or whose point is damaged just there, is stopped again at once.
+_AGAIN, _AGAIN_AT_MOST = 2.0, 60.0
+# So often in a row, and somebody has to look.
+_OFTEN = 5
 
 _log = logging.getLogger(__name__)
 
 
 class Standstill:
-    """Of one domain; for one thread."""
+    """Of one domain; for one thread. `trying`: it stands still and may go on by what is done here."""
 
-    def __init__(self) -> None:
-        self._next = 0.0
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._next, self._tries = 0.0, 0
+        self.trying = False
 
-    def end(self, domain: Domain) -> None:
-        """To be called again and again while the view answers. Nothing is done about a pause of the admin's, nor where
-        QEMU found no space: that is for whoever makes room. Raises HypervisorError."""
-        if time.monotonic() < self._next or not isinstance(domain, Pulls) or not domain.stopped_by_error():
-            return
-        self._next = time.monotonic() + _AGAIN
+    def end(self, domain: Domain) -> str:
+        """To be called again and again while the view answers, or is not needed. Why the guest stands still, empty when
+        it does not. Nothing is done about a pause that somebody asked for before, nor where QEMU found no space: that
+        is for whoever makes room. Raises HypervisorError."""
+        self.trying = False
+        if not isinstance(domain, Pulls) or not domain.stopped_by_error():
+            self._tries = 0
+            return ""
         if any(one.get("io-status") == "nospace" for one in domain.monitor().execute("query-block")):
+            return "the guest stands still: there was no space for a write"
+        if time.monotonic() >= self._next:
+            self._go_on(domain)
+        self.trying = self._tries < _OFTEN
+        return "the guest stands still: a read or write failed" + ("" if self.trying else f" {self._tries} times")
+
+    def _go_on(self, domain: Domain) -> None:
+        assert isinstance(domain, Pulls), "end() has looked"
+        self._next = time.monotonic() + min(_AGAIN * 2**self._tries, _AGAIN_AT_MOST)
+        try:
+            # Whoever works on its block graph has it paused, for which it may have found it so.
+            with hostlock.hold(hostlock.of_domain(domain), domain.name, self._home, "let the guest go on"):
+                if stopped := domain.stopped_by_error():
+                    domain.resume()
+        except Locked:
             return
-        _log.info("%s was stopped by a read or write that failed; it goes on", domain.name)
-        domain.resume()
+        except HypervisorError:
+            if domain.stopped_by_error():
+                raise
+            return  # somebody else was faster
+        self._tries += stopped
+        _log.info("%s was stopped by a read or write that failed; it goes on (try %d)", domain.name, self._tries)

@@ -185,7 +185,8 @@ def _stand_still(imagery, console):
     found = _state(imagery, "twin")
     for key in (found["key"], found["view"]):
         os.kill(int(key.partition(":")[0]), signal.SIGKILL)
-    time.sleep(8)
+    time.sleep(15)  # with a libvirt that hands on for how long QEMU waits, ten of them are that
+    assert libvirt.virsh("domstate", "--reason", "twin").stdout.strip() == "paused (I/O error)"
     said = console.read_text(errors="replace")
     time.sleep(2)
     assert console.read_text(errors="replace") == said and "proof: " not in said, "it needs no view"

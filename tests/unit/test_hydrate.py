@@ -80,3 +80,53 @@ def test_a_full_file_system_is_told(hydration, tmp_path, monkeypatch):
     monkeypatch.setattr(hydrate.os, "statvfs", lambda _path: SimpleNamespace(f_bavail=3, f_frsize=1 << 20))
     seen = stepped(hydration, domain)
     assert seen.phase == "pulling" and seen.error == f"{tmp_path}/sda.qcow2: no space is left on its file system"
+
+
+class Stopped(Domain):
+    """By QEMU, at a read that failed; also asked to change its definition."""
+
+    def __init__(self, **rest):
+        super().__init__(**rest)
+        self.asked, self.changed = 0, []
+
+    def change(self, edit):
+        self.changed.append(edit(DISK))
+
+
+DISK = """<domain><devices><disk device="disk"><driver name="qemu" error_policy="stop"/><target dev="sda"/></disk><disk
+device="disk"><driver name="qemu" error_policy="stop"/><target dev="sdb"/></disk></devices></domain>"""
+
+
+@pytest.fixture
+def standstill(hydration, monkeypatch):
+    """What becomes of the guest that stands still, and how often that was asked."""
+    found = SimpleNamespace(trying=True, said="it stands still", times=0)
+
+    def end(_domain):
+        found.times += 1
+        return found.said
+
+    found.end = end
+    hydration._standstill = found
+    return found
+
+
+@pytest.mark.parametrize(("key", "error", "times"), [("alive", "", 1), ("", "", 0), ("alive", "no room", 0)])
+def test_a_guest_that_stands_still_goes_on_when_its_view_answers(hydration, standstill, monkeypatch, key, error, times):
+    """P6-14."""
+    monkeypatch.setattr(hydrate, "lives", bool)
+    monkeypatch.setattr(hydrate.KeptView, "key", key)
+    hydration._view.error = error
+    seen = stepped(hydration, Stopped(backed=True))
+    assert (standstill.times, seen.phase, seen.error) == (times, "pulling", standstill.said if times else "")
+
+
+def test_it_is_not_done_before_the_guest_goes_on(hydration, standstill):
+    """P6-14: nobody looks after it any more then. From its next start on it is told of errors of its own disks."""
+    domain = Stopped()
+    seen = stepped(hydration, domain)
+    assert (seen.phase, seen.left, seen.error, domain.changed) == ("pulling", (), standstill.said, [])
+    standstill.trying, standstill.said = False, ""
+    assert stepped(hydration, domain).phase == "done"
+    (changed,) = domain.changed
+    assert changed.count('error_policy="stop"') == 1 and changed.index("sda") < changed.index("error_policy")

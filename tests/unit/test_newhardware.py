@@ -46,7 +46,7 @@ def test_the_disks_are_the_points_own_over_the_view():
     backing = disk.find("backingStore/source")
     assert (backing.get("protocol"), backing.get("name")) == ("nbd", "vda")
     assert backing.find("host").get("socket") == "/run/view.sock"
-    assert backing.find("reconnect").get("delay") == "300"
+    assert backing.find("reconnect").get("delay") == "10"
     assert disk.find("driver").get("error_policy") == "stop"
     assert "/old.qcow2" not in ET.tostring(root, encoding="unicode")
 
