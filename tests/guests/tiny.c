@@ -443,6 +443,25 @@ static struct {
     uint64_t reads, wrong, errors, longest_us, until_us;
 } rd = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
+static uint64_t seq_of(int w)
+{
+    pthread_mutex_lock(&lock);
+    uint64_t k = writers[w].seq;
+    pthread_mutex_unlock(&lock);
+    return k;
+}
+
+/* Whether a write of w that was under way since its op `before` goes to this place: what is read meanwhile may be torn. */
+static bool written_since(int w, uint64_t before, int d, uint64_t offset)
+{
+    for (uint64_t k = before + 1, last = seq_of(w) + 1; k <= last; k++) {
+        struct op op = op_of(w, k);
+        if (op.disk == d && op.offset == offset)
+            return true;
+    }
+    return false;
+}
+
 static void *read_loop(void *arg)
 {
     uint64_t r = mix((uintptr_t)arg ^ now_us());
@@ -455,10 +474,10 @@ static void *read_loop(void *arg)
         s.wrong = 0;
         s.gen_count = MAX_GENS - 1;
         s.max_gen = 0;
-        uint64_t start = now_us();
+        uint64_t before = seq_of(w), start = now_us();
         ssize_t got = pread(disks[data[d]].fd, buf, slot_sizes[w], offset);
         uint64_t took = now_us() - start;
-        if (got == slot_sizes[w])
+        if (got == slot_sizes[w] && !written_since(w, before, d, offset))
             slot_seq(&s, buf, w, d, offset);
         pthread_mutex_lock(&rd.lock);
         rd.reads++;
