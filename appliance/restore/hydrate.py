@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from appliance.config import DEFAULT_SETTINGS, Home, Settings, load_settings
 from appliance.errors import HypervisorError, RestoreError, RewindError
 from appliance.hypervisor import connect
 from appliance.hypervisor.base import Changes, Domain, DomainState, Hypervisor, Pulls
+from appliance.hypervisor.graph.nodes import all_nodes
 from appliance.model import MapRef
 from appliance.process import alone, lives, process_key
 from appliance.restore import outliving
@@ -205,7 +206,7 @@ class Hydration:
             answers = lives(self._view.key) and not self._view.error
             stands = self._standstill.end(domain) if answers else ""
             jobs = [self._pull(domain, target) for target in left]
-            full = "" if all(one[1] for one in jobs) else _full(domain, left)
+            full = "" if all(one[1] for one in jobs) else _full(Path(self._order.image))
         except HypervisorError as error:
             return replace(self._seen, phase="off", error=str(error))
         # Each reason once: several disks may have the same.
@@ -232,8 +233,7 @@ class Hydration:
         if domain.state() is DomainState.SHUTOFF:
             return False
         place = str(socket_path(self._home, self._order.uuid))
-        nodes = domain.monitor().execute("query-named-block-nodes", flat=True)
-        return any(str(node.get("file", "")).partition("socket=")[2] == place for node in nodes)
+        return any(str(node.get("file", "")).partition("socket=")[2] == place for node in all_nodes(domain.monitor()))
 
     def _pull(self, domain: Pulls, target: str) -> tuple[int, int, str]:
         """(done, total) bytes of its job, which is started when there is none, and why it could not be."""
@@ -292,17 +292,13 @@ class Hydration:
             _log.warning("cannot write down how %s stands: %s", self._order.domain, error)
 
 
-def _full(domain: Domain, targets: Sequence[str]) -> str:
+def _full(folder: Path) -> str:
     """Why a pull has ended early, where that can be seen: QEMU keeps no word of an ended job."""
-    for disk in domain.disks():
-        if disk.target in targets and disk.source:
-            try:
-                status = os.statvfs(os.path.dirname(disk.source))
-            except OSError:
-                continue  # libvirt tells what is wrong with it
-            if status.f_bavail * status.f_frsize < _ROOM:
-                return f"{disk.source}: no space is left on its file system"
-    return ""
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return ""  # libvirt tells what is wrong with it
+    return f"{folder}: no space is left on its file system" if status.f_bavail * status.f_frsize < _ROOM else ""
 
 
 def main(argv: list[str]) -> int:

@@ -54,8 +54,9 @@ class Standstill:
         assert isinstance(domain, Pulls), "end() has looked"
         self._next = time.monotonic() + min(_AGAIN * 2**self._tries, _AGAIN_AT_MOST)
         try:
-            # Whoever works on its block graph has it paused, for which it may have found it so.
-            with hostlock.hold(hostlock.of_domain(domain), domain.name, self._home, "let the guest go on"):
+            # Whoever works on its block graph has it paused, for which it may have found it so. QEMU is not asked for
+            # its images: a pull may just have failed (`graph.nodes.all_nodes`).
+            with hostlock.hold(hostlock.names_of(domain.uuid, ()), domain.name, self._home, "let the guest go on"):
                 if stopped := domain.stopped_by_error():
                     domain.resume()
         except Locked:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 
 from appliance.config import Home, Settings, write_json
-from appliance.hypervisor.base import Disk, DomainState
+from appliance.hypervisor.base import DomainState
 from appliance.model import MapRef
 from appliance.restore import hydrate
 
@@ -18,8 +18,8 @@ UUID = "11111111-2222-3333-4444-555555555555"
 class Domain:
     """Of libvirt; answers what a step asks. Its pulls end at once."""
 
-    def __init__(self, state=DomainState.RUNNING, nodes=(), backed=False, source=""):
-        self._state, self._nodes, self._backed, self._source = state, nodes, backed, source
+    def __init__(self, state=DomainState.RUNNING, nodes=(), backed=False):
+        self._state, self._nodes, self._backed = state, nodes, backed
 
     def state(self):
         return self._state
@@ -27,11 +27,9 @@ class Domain:
     def backed(self, _target):
         return self._backed
 
-    def disks(self):
-        return [Disk("sda", self._source, "qcow2", 1 << 20)]
-
     def monitor(self):
-        return SimpleNamespace(execute=lambda _command, **_: [{"file": one} for one in self._nodes])
+        nodes = [{"file": one} for one in self._nodes]
+        return SimpleNamespace(execute=lambda command, **_: [] if command == "query-jobs" else nodes)
 
     def pull(self, _target, _rate):
         pass
@@ -73,13 +71,13 @@ def test_it_is_alone_when_qemu_itself_has_closed_the_view(hydration, tmp_path):
     assert stepped(hydration, Domain(state=DomainState.SHUTOFF)).phase == "done"
 
 
-def test_a_full_file_system_is_told(hydration, tmp_path, monkeypatch):
+def test_a_full_file_system_is_told(hydration, monkeypatch):
     """QEMU's job ends without a word that anybody can still ask for."""
-    domain = Domain(backed=True, source=str(tmp_path / "sda.qcow2"))
+    domain = Domain(backed=True)
     assert stepped(hydration, domain).error == ""
     monkeypatch.setattr(hydrate.os, "statvfs", lambda _path: SimpleNamespace(f_bavail=3, f_frsize=1 << 20))
     seen = stepped(hydration, domain)
-    assert seen.phase == "pulling" and seen.error == f"{tmp_path}/sda.qcow2: no space is left on its file system"
+    assert seen.phase == "pulling" and seen.error == "/image: no space is left on its file system"
 
 
 class Stopped(Domain):

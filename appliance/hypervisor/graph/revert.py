@@ -126,7 +126,7 @@ def place(monitor: Monitor, chain: Chain) -> Place:
 
 
 def _nodes(monitor: Monitor) -> set[str]:
-    return {str(node["node-name"]) for node in monitor.execute("query-named-block-nodes", flat=True)}
+    return {str(node["node-name"]) for node in nodes.all_nodes(monitor)}
 
 
 def _drive(monitor: Monitor, chain: Chain) -> str:
@@ -238,7 +238,7 @@ def _through_hole(monitor: Monitor, chain: Chain) -> None:
     # D as O's backing may not be written by others, so O has to go before the device can be on D again.
     size = next(
         node["image"]["virtual-size"]
-        for node in monitor.execute("query-named-block-nodes", flat=True)
+        for node in nodes.all_nodes(monitor)
         if node["node-name"] == chain.node
     )
     enter_hole(monitor, chain, size)

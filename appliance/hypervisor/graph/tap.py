@@ -232,7 +232,7 @@ def sinks(monitor: Monitor) -> dict[str, str]:
     seated = set(nodes.devices(monitor).values())
     prefix = tap_name("s", "")
     found = {}
-    for node in monitor.execute("query-named-block-nodes", flat=True):
+    for node in nodes.all_nodes(monitor):
         name, file = str(node["node-name"]), str(node.get("file", ""))
         if name.startswith(prefix) and tap_name("g", name[len(prefix) :]) in seated:
             found[name[len(prefix) :]] = file.partition("socket=")[2]
@@ -250,7 +250,7 @@ def sweep(monitor: Monitor) -> list[str]:
 
 def _present(monitor: Monitor) -> list[str]:
     """Targets of which there is a piece of a tap, a node or a job (names are cut to QEMU's length)."""
-    names = {str(node["node-name"]) for node in monitor.execute("query-named-block-nodes", flat=True)}
+    names = {str(node["node-name"]) for node in nodes.all_nodes(monitor)}
     names.update(str(job["id"]) for job in base.jobs(monitor))
     return sorted({name[len(TAP) + 2 :] for name in names if name.startswith(TAP)})
 
