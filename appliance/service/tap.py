@@ -155,7 +155,7 @@ def pause(session: Session, name: str, seconds: float | None = None, wait: float
     write_json(_pause_file(home, record.uuid), {"until": until})
     try:
         _step_aside(session, record, wait)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: what was not paused must not be noted as paused
         _pause_file(home, record.uuid).unlink(missing_ok=True)
         raise
     return Pause(record.domain, record.uuid, until, record.continuous)

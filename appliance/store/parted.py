@@ -92,7 +92,7 @@ def fetch(backend: Backend, codec: Codec, whole: str, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: half a file must not stay
         temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

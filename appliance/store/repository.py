@@ -150,7 +150,7 @@ class Repository:
         try:
             self._learn(always=True)
             writer = ChunkWriter(self.backend, self.codec, self.index, self._writer_closed)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: a lock that nobody uses would keep gc away
             self._leave()
             raise
         with self._lock:
@@ -494,7 +494,7 @@ class Repository:
         try:
             self.index.refresh()
             self._secure(point, None)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: a point whose chunks are not sure to be there must not be listed
             self.backend.delete(name)
             raise
 

@@ -3,7 +3,8 @@
     device ─root─► rw-… (ours) ─file─► libvirt-N-filter (libvirt's) ─file─► image ─backing─► image …
                                        └───────── Disk.node ──────┘         └ Disk.storage
 
-Reading changes nothing and may be done at any time; what was read can be old when it is used.
+Reading changes nothing, waits for the end of somebody's block-pull where it has to (`all_nodes`), and what was read can
+be old when it is used.
 """
 
 from __future__ import annotations

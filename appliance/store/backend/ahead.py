@@ -112,7 +112,7 @@ class ReadingAhead(Wrapper):
     def _fetch(self, window: _Window) -> None:
         try:
             data = self.inner.get(window.name, window.start, window.size())
-        except BaseException:
+        except BaseException:  # whatever it is: others wait for this window
             with self._lock:
                 self._remove(window)
             window.done.set()
