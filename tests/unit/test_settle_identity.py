@@ -310,6 +310,20 @@ def test_netplan_is_asked_again_after_a_start_that_was_cut_off(root, takes):
     assert not list(root.path("/var/lib/rewind/before").glob("addresses-*"))
 
 
+def test_what_is_put_back_of_netplan_knows_the_new_card(root):
+    """P6-15, P6-24: `cards` could not do it in the start in which `addresses` was cut off, and then it can."""
+    text = f"network:\n  ethernets:\n    lan0:\n      match: {{macaddress: {OLD}}}\n      addresses: [10.0.0.5/24]\n"
+    made = plan(client=replace(plan().client, nics={"lan0": OLD}), rename={NEW: "lan0"})
+    root.write("/etc/netplan/01.yaml", text, 0o600)
+    root.program("netplan", "grep -q addresses /etc/netplan/01.yaml && exit 1; kill -KILL -1", "bash")
+    root.cut(made, {"cards": {}, "addresses": {}}, "identity", 1 << 20)
+    assert OLD in root.read("/etc/netplan/01.yaml") and "addresses" not in root.read("/etc/netplan/01.yaml")
+    root.program("netplan", "grep -q addresses /etc/netplan/01.yaml")
+    done = root.run(made, {"cards": {}, "addresses": {}}, "identity")
+    assert "cards: done" in done.report and "addresses: left as it was" in done.report, done
+    assert root.read("/etc/netplan/01.yaml") == text.replace(OLD, NEW)
+
+
 def test_netplan_finds_the_new_card(netplan):
     """P6-15, P6-24: a card that is found by its address is another one here. What gives a card an address stays."""
     netplan.write("/etc/netplan/50-cloud-init.yaml", NETPLAN, 0o600)

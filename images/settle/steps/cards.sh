@@ -8,6 +8,10 @@
 # exchanged from its original, which is kept once for this image, and a start that was cut off is gone on with.
 [ -n "$RW_MACS" ] || nothing "no card is known by its address"
 changed=
+# Of some of these files `addresses`, which comes later, keeps what they were until netplan has taken them. Where a start
+# was cut off in that, what it kept would be put back over what is exchanged here: so it is put back first.
+first=$RW_STATE/before/addresses-$RW_IMAGE
+originals_back || fail "netplan's files were to be as they were before their addresses, and are not: $first has them"
 first=$RW_STATE/before/cards-$RW_IMAGE
 
 # The files are as before, and their originals go: other steps may change them before this one is tried again.
