@@ -134,6 +134,19 @@ def test_a_medium_that_stays_for_good_does_not_keep_the_root_small(root, made, t
     assert came_to(done) == {"loader": "left", "grow": "done"}, done
 
 
+@pytest.mark.parametrize("last", ["start=6144, size=2048", "start=6144, size=8192, type=5\nstart=8192, size=2048"])
+def test_a_table_that_takes_no_further_partition_does_not_keep_the_root_small(root, last):
+    """P6-18: an MBR has four, and what is within one of them is no room behind the root."""
+    full = f"label: dos\nstart=20480, size=20480\nstart=2048, size=2048\nstart=4096, size=2048\n{last}\n"
+    larger(root, full)
+    root.write("/usr/lib/grub/x86_64-efi/modinfo.sh", "")
+    root.program("grub-install", "")
+    root.program("mkfs.vfat", "")
+    done = root.run(UEFI, CHOICE, "settle")
+    assert came_to(done) == {"loader": "left", "grow": "done"}, done
+    assert "its table takes no further one" in done.report[0] and int(root.read("/grown")) > 200_000
+
+
 @pytest.mark.parametrize(("generator", "outcome"), [(Generator.UNKNOWN, "done"), (Generator.DRACUT, "left")])
 def test_without_an_initramfs_room_is_kept_for_what_can_be_installed(root, generator, outcome):
     """P6-18, P6-19: the loader waits for it."""

@@ -320,8 +320,11 @@ new_esp() {
         uuid=$(cat /proc/sys/kernel/random/uuid)
         new="$new, uuid=$uuid"
     fi
-    echo "$start 131072 $uuid" >"$before.esp" && sync "$before.esp" || table_back
     echo "$new" >"$RW_HERE/new"
+    # An MBR has four, and within one of them more. sfdisk passes over a fifth and says nothing.
+    [ "$table" != dos ] || sfdisk --append --no-act --no-reread "/dev/$disk" <"$RW_HERE/new" 2>&1 | grep -q " $start " ||
+        never "/dev/$disk has no EFI system partition, and its table takes no further one"
+    echo "$start 131072 $uuid" >"$before.esp" && sync "$before.esp" || table_back
     try sfdisk -q --append --no-reread --no-tell-kernel "/dev/$disk" <"$RW_HERE/new" || table_back
     partx -u "/dev/$disk" 2>/dev/null || partx -a "/dev/$disk" 2>/dev/null || :
     if has udevadm; then udevadm settle --timeout=30; fi
