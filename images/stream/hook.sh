@@ -124,12 +124,16 @@ was_ours() { sed -n "s/^local $1 //p" $MEET/record; }
 was_filling() { sed -n 's/^fill \([0-9a-f]*\)$/\1/p' $MEET/record; }
 
 # Whether what is on it is of this session, of any filling. Where there is room for a mark behind the client's last
-# sector, it was written before anything else.
+# sector, it was written before anything else. Where there is none, and the client has written over the one in its gap,
+# hardware that says who it is is believed; a size alone is that of many disks, and the client's table has to be there.
 is_ours() { # disk, local
     [ "$(was_ours "$1")" = "$(identity "$2")" ] || return 1
-    [ $(($(cat "/sys/block/$2/size") / 8)) -gt $((($(of_disk SECTORS "$1") + 7) / 8)) ] || return 0
-    is_marked "$1" "$2" ' begun *' || is_marked "$1" "$2" ''
+    if is_marked "$1" "$2" ' begun *' || is_marked "$1" "$2" ''; then return 0; fi
+    [ $(($(cat "/sys/block/$2/size") / 8)) -le $((($(of_disk SECTORS "$1") + 7) / 8)) ] || return 1
+    case $(identity "$2") in none/*) [ "$(head_of "/dev/$2")" = "$(head_of "/dev/mapper/rewind-src-$1")" ] ;; esac
 }
+
+head_of() { dd if="$1" bs=4096 count=1 2>/dev/null | md5sum; }
 
 # Whether it is the one that the record is of. Another one may say the same of itself, and be of this session as well.
 is_recorded() { # disk, local

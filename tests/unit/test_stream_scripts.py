@@ -128,6 +128,22 @@ def test_what_was_copied_to_one_disk_is_not_on_another(word, same, machine):
     assert (machine.folder / "meet/same").exists() is same
 
 
+@pytest.mark.parametrize(
+    ("served", "serial", "ours"), [(b"table", "", True), (b"other", "", False), (b"other", "XYZ123", True)]
+)
+def test_disk_without_a_place_for_a_mark_is_known_by_more_than_its_size(served, serial, ours, machine):
+    """P6-15: any disk of that size, with what somebody needs on it, would be written over without a question."""
+    machine.disk.write_bytes(b"table".ljust(SIZE, b"x"))
+    (machine.folder / "dev/mapper/rewind-src-vda").write_bytes(served.ljust(SIZE, b"x"))
+    (machine.folder / "block/sda/size").write_text(f"{SIZE // 512}\n")
+    (machine.folder / "block/sda/serial").write_text(serial)
+    text = f"rewind 1\nstate filling\nlocal vda {serial or 'none'}/{SIZE // 512}\nfill {ONE}\nend\n"
+    (machine.folder / "meet/record").write_text(text)
+    machine.run("hook.sh", "sleep() { :; }; choose_locals")
+    assert machine.plans() is ours
+    assert ours or "local disk sda is not empty" in (machine.folder / "meet/error").read_text()
+
+
 @pytest.mark.parametrize(("same", "word", "copied"), [(True, ONE, 50), (False, TWO, 0)])
 def test_record_has_the_word_of_the_marks_before_they_have_it(same, word, copied, machine):
     """P6-15: the power may go between the two, and before anything was copied."""
