@@ -70,12 +70,14 @@ class Daemon:
                     self._shared.wake.wait(self._until_next())
                     self._shared.wake.clear()
                 _notify("STOPPING=1")
+            self._reap()
             self._shared.say("stopped", None, "asked to")
 
     def round(self) -> None:
         """Take what is due now and end reverts that nobody drives, then return."""
         with self._alone(), ThreadPoolExecutor(_WORKERS, "epoch") as pool:
             self._start_due(pool)
+        self._reap()
 
     def stop(self) -> None:
         """End `run` after what is being taken."""
@@ -83,7 +85,7 @@ class Daemon:
         self._shared.wake.set()
 
     def _start_due(self, pool: ThreadPoolExecutor) -> None:
-        self._shared.running = {uuid: one for uuid, one in self._shared.running.items() if not one.done()}
+        self._reap()
         held = self._reverts.start(pool)
         self._brought_up.start(pool)
         self._start_taps(pool)
@@ -91,6 +93,15 @@ class Daemon:
         for task in due(self._tasks(), time.time()):
             if task.uuid not in self._shared.running and task.uuid not in held:
                 self._shared.running[task.uuid] = pool.submit(self._take, task)
+
+    def _reap(self) -> None:
+        """What has ended makes room. A worker says itself what it fails of; where that failed too (nobody reads our
+        standard output any more), or at a place where nothing was to fail, the log is the only one to know."""
+        for key, one in [*self._shared.running.items()]:
+            if one.done():
+                del self._shared.running[key]
+                if (error := one.exception()) is not None:
+                    log.error("%s: a worker has ended: %r", key, error, exc_info=error)
 
     def _start_taps(self, pool: ThreadPoolExecutor) -> None:
         """Of domains that nobody works on now; the process itself waits for them to run."""

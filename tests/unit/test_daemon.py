@@ -390,8 +390,10 @@ def test_a_machine_that_cannot_be_served_again_is_told_and_tried_later(broken, s
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit(1)])
-def test_a_machine_is_served_again_also_when_nobody_could_be_told_the_last_time(error, session, monkeypatch):
-    """P6-14: standard output may lead to a disk that is full, or to nobody."""
+def test_a_machine_is_served_again_also_when_nobody_could_be_told_the_last_time(
+    error, session, monkeypatch, caplog
+):
+    """P6-14: standard output may lead to a disk that is full, or to nobody. Then the log knows."""
 
     def tell(_event):
         raise error
@@ -401,6 +403,7 @@ def test_a_machine_is_served_again_also_when_nobody_could_be_told_the_last_time(
     daemon = Daemon(session, tell)
     daemon.round()
     assert images.calls == [("served", "rack1")] and daemon._shared.wake.is_set()
+    assert [one.exc_info[1] for one in caplog.records if "a worker has ended" in one.message] == [error]
     daemon._brought_up._tries["rack1"] = Tried(time.time() - 6, 0)
     daemon.round()
     assert images.calls == [("served", "rack1")] * 2
