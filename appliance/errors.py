@@ -61,6 +61,9 @@ exception, and go into the JSON form. Messages are lower case, name the object a
 
 from __future__ import annotations
 
+import errno
+import os
+import shlex
 from typing import Any, ClassVar
 
 __all__ = [
@@ -72,7 +75,7 @@ __all__ = [
     "NotSupported", "NothingToResume", "NothingToUndo", "ObjectNotFound", "PermissionDenied", "PushFailed",
     "RepositoryNotFound", "RestoreError", "RevertUnderWay", "RewindError", "SegmentCorrupt", "SequenceMissing",
     "StoreError", "TargetExists", "Temporary", "TimelineError", "ToolFailed", "VersionUnsupported", "WrongKey",
-    "exit_codes",
+    "exit_codes", "of_the_system",
 ]  # fmt: skip
 
 
@@ -424,3 +427,26 @@ def exit_codes() -> list[tuple[int, str, str]]:
         name = "".join(f"-{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("-")
         found.append((kind.exit_code, name, kind.template))
     return sorted(found)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Of a path that somebody has named, or of the disk below it. Not that there is nothing: that is a bug more often.
+_UNUSABLE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE)
+
+
+def of_the_system(error: OSError) -> RewindError | None:
+    """What the system refused, as an error of ours that names the path; None for what is a bug, as far as we know."""
+    path, reason = str(error.filename or ""), (error.strerror or "refused").lower()
+    folder = os.path.dirname(path) or "."
+    if error.errno in _FULL:
+        return NoSpace(url="this host", name=path or "a file")
+    if error.errno in _FORBIDDEN:
+        hint = "run it as the owner of the home, usually root"
+        if os.geteuid() == 0:
+            hint = f"`findmnt -T {shlex.quote(folder)}` tells how that is mounted"
+        return PermissionDenied(url=folder, name=os.path.basename(path) or "?", reason=reason, hint=hint)
+    if error.errno in _UNUSABLE and path:
+        hint = f"`stat {shlex.quote(folder)}` tells what is there"
+        return ConfigError(reason=f"{path!r} cannot be used: {reason}", hint=hint)
+    return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
-import os
 import signal
 from typing import Any
 
@@ -12,7 +10,7 @@ import click
 
 from appliance.cli import records
 from appliance.cli.command import Context, common_options
-from appliance.errors import ConfigError, Interrupted, NoSpace, PermissionDenied, RewindError
+from appliance.errors import ConfigError, Interrupted, RewindError, of_the_system
 
 __all__ = ["VERBS", "program", "run"]
 
@@ -123,10 +121,8 @@ def _ended(error: BaseException, context: Context) -> int:
             return _tell(_usage(error), context)
         case RewindError():
             return _tell(error, context)
-        case PermissionError():
-            return _tell(_forbidden(error), context)
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _tell(NoSpace(url="this host", name=error.filename or "a file"), context)
+        case OSError() if (ours := of_the_system(error)) is not None:
+            return _tell(ours, context)
         case _:
             return _bug(error, context)
 
@@ -149,14 +145,6 @@ def _usage(error: click.ClickException) -> RewindError:
     message = " ".join(error.format_message().split()).rstrip(".")
     hint = getattr(error, "hint", "") or f"`{path} --help` shows what it takes"
     return ConfigError(reason=message[:1].lower() + message[1:], hint=hint)
-
-
-def _forbidden(error: PermissionError) -> RewindError:
-    path = str(error.filename or "?")
-    return PermissionDenied(
-        url=os.path.dirname(path) or ".", name=os.path.basename(path), reason=error.strerror or "refused",
-        hint="run it as the owner of the home, usually root",
-    )  # fmt: skip
 
 
 def _bug(error: BaseException, context: Context) -> int:

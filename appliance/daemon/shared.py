@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from appliance.errors import RewindError
+from appliance.errors import RewindError, of_the_system
 from appliance.service import Session
 
 __all__ = ["Event", "Shared", "Tried", "Tries", "pause", "reason", "unexpected"]
@@ -105,5 +105,7 @@ def reason(error: RewindError) -> str:
 
 
 def unexpected(error: Exception) -> str:
-    """What is told of a bug; its trace belongs in the log."""
+    """What is told of a bug, or of what the system refuses; its trace belongs in the log."""
+    if isinstance(error, OSError) and (ours := of_the_system(error)) is not None:
+        return reason(ours)
     return f"unexpected {type(error).__name__}: {error}"

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -125,7 +124,7 @@ def tidy(home: Home, name: str) -> None:
     kill(state(home, name).get("key", ""))
     for view in views_of(socket_path(home, order.uuid)) if order is not None else ():
         kill(view)
-    shutil.rmtree(folder(home, name), ignore_errors=True)
+    _KIND.drop(home, name)
 
 
 @dataclass(frozen=True, slots=True)

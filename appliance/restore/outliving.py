@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -122,6 +123,13 @@ class Kind(Generic[_Order]):
             if time.monotonic() > deadline:
                 raise RestoreError(reason=f"{what} of {name!r} does not start: {found.get('error') or 'no answer'}")
             time.sleep(0.05)
+
+    def drop(self, home: Home, name: str) -> None:
+        """Forget it: the order first, by which it exists. Raises OSError where that stays; what else stays is in
+        nobody's way."""
+        where = self.folder(home, name)
+        (where / "order.json").unlink(missing_ok=True)
+        shutil.rmtree(where, ignore_errors=True)
 
     @property
     def _short(self) -> str:

@@ -20,7 +20,6 @@ for never.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,4 +132,4 @@ def tidy(home: Home, name: str) -> None:
     for view in views_of(socket_path(home, order.uuid)) if order is not None else ():
         kill(view)  # of a server that was killed before it could write it down
     daemon_log(home, name).unlink(missing_ok=True)
-    shutil.rmtree(folder(home, name), ignore_errors=True)
+    _KIND.drop(home, name)

@@ -7,6 +7,7 @@ Long on purpose: all of it works on copies of one home with points, which is mad
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -486,16 +487,19 @@ def test_a_home_that_may_not_be_read_is_told(web):
     assert "ermission" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_no_space_is_told(web, monkeypatch):
-    """A12: no space left."""
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 37), (errno.EROFS, 38), (errno.EPERM, 38), (errno.EIO, 3), (errno.ENOTDIR, 3)]
+)
+def test_what_the_system_refuses_is_told_with_the_path(web, monkeypatch, number, code):
+    """A12: no space, no permission, a disk that is broken: no bug of ours."""
     from appliance.timeline.catalogue import Catalogue
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "/somewhere/file")
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), "/somewhere/file")
 
-    monkeypatch.setattr(Catalogue, "points", full)
-    message, hint = web.fails(37, "points", "web")
-    assert "/somewhere/file" in message and hint
+    monkeypatch.setattr(Catalogue, "points", refused)
+    message, hint = web.fails(code, "points", "web")
+    assert all(word in message for word in ("/somewhere", "file")) and hint
 
 
 def test_a_domain_that_somebody_works_on_is_told_with_who(web):
@@ -1388,6 +1392,14 @@ def test_restore_writes_whole_new_disks(web, tmp_path):
     assert (found[-1]["defined"], len(data)) == (False, -(-SIZE // 512) * 512)
     message, _hint = web.fails(55, "restore", "web", "--at", "latest", "--into", tmp_path / "new", "--format", "raw")
     assert "web-vda.raw" in message
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_a_restore_into_a_file_is_refused(web, tmp_path, below):
+    """A12: it is a folder that is wanted."""
+    (tmp_path / "file").touch()
+    message, _hint = web.fails(3, "restore", "web", "--at", "latest", "--into", tmp_path / "file" / below)
+    assert str(tmp_path / "file") in message
 
 
 def test_a_restore_that_cannot_define_a_domain_writes_nothing(web, tmp_path):

@@ -106,6 +106,15 @@ def test_a_bug_in_one_epoch_is_told_and_survived(session, monkeypatch):
     assert [one.kind for one in events] == ["failed"] and "ZeroDivisionError" in events[0].detail
 
 
+def test_what_the_system_refuses_is_told_with_the_path(session, monkeypatch):
+    points, events = Points(monkeypatch), []
+    protect(session, "web")
+    points.broken["web"] = OSError(errno.EROFS, "Read-only file system", "/var/lib/rewind/run")
+    Daemon(session, events.append).round()
+    (told,) = [one.detail for one in events]
+    assert told.startswith("no permission at /var/lib/rewind for 'run': read-only file system ("), told
+
+
 def test_a_failure_is_not_repeated_at_once(session, monkeypatch):
     """A broken domain is tried again after half an interval, not in a loop."""
     points = Points(monkeypatch)
@@ -390,9 +399,7 @@ def test_a_machine_that_cannot_be_served_again_is_told_and_tried_later(broken, s
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit(1)])
-def test_a_machine_is_served_again_also_when_nobody_could_be_told_the_last_time(
-    error, session, monkeypatch, caplog
-):
+def test_a_machine_is_served_again_also_when_nobody_could_be_told_the_last_time(error, session, monkeypatch, caplog):
     """P6-14: standard output may lead to a disk that is full, or to nobody. Then the log knows."""
 
     def tell(_event):

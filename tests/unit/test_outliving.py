@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +56,22 @@ def test_a_point_is_needed_until_it_is_done(home, kind, order):
     assert kind.needed(home) == {} and kind.unfinished(home) == []
     kind.tidy(home, name)
     assert kind.names(home) == [] and kind.load(home, name) is None
+
+
+@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (streams, SERVED)])
+def test_what_cannot_be_forgotten_is_not_said_to_be(home, kind, order, monkeypatch):
+    where = kind.folder(home, "rack")
+    where.mkdir(parents=True)
+    (where / "order.json").write_text(json.dumps(order.to_json()))
+
+    def refused(self, *_, **__):
+        if self.parent == where:
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(OSError, match=r"Read-only file system: .*order\.json"):
+        kind.tidy(home, "rack")
 
 
 def test_a_state_of_before_is_no_answer(home):
