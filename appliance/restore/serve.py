@@ -106,8 +106,10 @@ class Serving:
 
     def _begin(self) -> None:
         """Go on from what the process before knew, and say who we are: a repository and a view take their time to
-        open, and nobody may take us for dead meanwhile."""
+        open, and nobody may take us for dead meanwhile. What that one failed of is the reason until it is known better:
+        one that cannot open its repository is started again and again."""
         before = streams.state(self._home, self._order.name)
+        self._failed = str(before.get("error", ""))
         self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
         self._life, self._heard = sign_of_life(self._folder / CONTROL), float(before.get("heard", 0.0))
         record = read_record(self._folder / CONTROL)
@@ -116,7 +118,8 @@ class Serving:
             self._grace = _GRACE_AGAIN
 
     def _step(self) -> bool:
-        """Whether all is done."""
+        """Whether all is done. The repository is open."""
+        self._failed = ""
         self._view.tend("point")
         self._listen()
         if self._view.key:

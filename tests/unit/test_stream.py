@@ -529,6 +529,18 @@ def test_session_that_was_over_does_not_wait_for_a_machine_that_never_ends(servi
     assert 1800 <= clock.now - begun <= 1801
 
 
+def test_server_that_cannot_begin_tells_one_reason_however_often_it_is_started(serving, clock):
+    """P6-14: the daemon starts it again and again, and whoever looks meanwhile would see another reason, or none."""
+    for _ in range(2):
+        serving._begin()
+        serving._fail(RestoreError(reason="no repository at /r"))
+        again = serve.Serving(serving._home, "rack", serving._settings)
+        again._begin()
+        assert known(serving)["error"] == "no repository at /r"
+    steps(serving, clock, 1)
+    assert known(serving)["error"] == ""
+
+
 def test_machine_that_was_sent_away_is_no_error_of_a_session_that_is_done(serving, clock):
     serving._begin()
     for boot, machine in ((ONE, "rack.1"), (TWO, "rack.2")):
