@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from appliance import hypervisor
-from appliance.cli.verbs.streaming import emit_running
+from appliance.cli.running import emit_running
 from appliance.config import Home
 from appliance.errors import ConfigError, ConnectError, DomainNotFound, Locked
 from appliance.restore import hydrate, outliving

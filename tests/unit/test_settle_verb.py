@@ -11,7 +11,7 @@ import pytest
 
 from appliance.cli import main
 from appliance.cli.settling import sizes_of
-from appliance.cli.verbs.settled import settle_command
+from appliance.cli.verbs.image.settled import settle_command
 from appliance.config import Home, Settings
 from appliance.errors import ConfigError, DomainNotFound, ImageError, NoSpace, NotSupported
 from appliance.hypervisor.base import DomainState

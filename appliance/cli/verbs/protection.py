@@ -12,8 +12,8 @@ from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.convert import capture_record, point_record
 from appliance.cli.params import domain_argument, duration_option, rate_option, wait_option
+from appliance.cli.running import emit_running, emit_streamed
 from appliance.cli.text import clock, counted, since
-from appliance.cli.verbs.streaming import emit_running, emit_streamed
 from appliance.errors import (
     AgentUnavailable,
     CaptureError,

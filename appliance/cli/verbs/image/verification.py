@@ -12,25 +12,19 @@ from appliance.cli import records
 from appliance.cli.command import Context, verb
 from appliance.cli.params import complete_when, domain_argument, duration_option
 from appliance.cli.text import clock, counted
+from appliance.cli.verbs.image.options import GUEST, POINT, template_option, when_option
 from appliance.errors import (
-    AmbiguousPoint,
     DriversMissing,
-    GuestUnreadable,
     ImageError,
-    InGap,
     NoSpace,
-    NoSuchPoint,
     NoSuchTarget,
     NoSuchTemplate,
     NotBooted,
-    NotProtected,
-    NotRecoverable,
     NotSigned,
     NotSupported,
     ObjectNotFound,
     TargetExists,
     ToolFailed,
-    WrongKey,
 )
 from appliance.units import format_duration, format_size, parse_size
 
@@ -40,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["evidence_command", "verify_command"]
 
-_POINT = (NotProtected, NoSuchPoint, AmbiguousPoint, InGap, NotRecoverable, WrongKey)
 _SHOWN = 10
 _WRITTEN = {
     "console.log": "what its serial line said", "screen.png": "its screen at the end",
@@ -59,13 +52,12 @@ def _size(ctx: click.Context, param: click.Parameter, value: Any) -> int:
     return size
 
 
-@verb("verify", *_POINT, GuestUnreadable, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, NotSupported,
+@verb("verify", *GUEST, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, NotSupported,
       ImageError, NotBooted, ToolFailed, NoSpace)  # fmt: skip
 @domain_argument()
-@click.option("--at", "when", required=True, metavar="WHEN", shell_complete=complete_when,
-              help="A point, a label, a time, `10m ago`, `latest`, `#81726` (a write).")  # fmt: skip
+@when_option
 @click.option("--target", default="", metavar="NAME", help="The hardware (default: what the domain had).")
-@click.option("--template", default="", metavar="ID", help="The template (default: the newest).")
+@template_option
 @duration_option("--timeout", text="How long the boot may take (default 10m).")
 @click.option("--memory", default="1G", show_default=True, metavar="BYTES", callback=_size,
               help="What the machine gets; the host must have it free.")  # fmt: skip
@@ -120,7 +112,7 @@ def _shown(kind: str, found: Sequence[str]) -> list[str]:
     return [*(f"  {kind}{one}" for one in found[:_SHOWN]), *more]
 
 
-@verb("evidence", *_POINT, ObjectNotFound, TargetExists)
+@verb("evidence", *POINT, ObjectNotFound, TargetExists)
 @domain_argument()
 @click.option("--at", "when", metavar="WHEN", shell_complete=complete_when, help="Only of this point.")
 @click.option("--into", "folder", type=click.Path(path_type=Path), metavar="DIR",

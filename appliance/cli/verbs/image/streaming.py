@@ -9,40 +9,31 @@ import click
 
 from appliance.cli import records
 from appliance.cli.command import Context, verb
-from appliance.cli.params import complete_when, domain_argument, duration_option
+from appliance.cli.params import domain_argument, duration_option
+from appliance.cli.running import emit_streamed
 from appliance.cli.secrets import luks_keys, luks_option
+from appliance.cli.verbs.image.options import GUEST, media_option, target_option, template_option, when_option
 from appliance.errors import (
     AlreadyExists,
-    AmbiguousPoint,
     ConfigError,
     DriversMissing,
-    GuestUnreadable,
     ImageError,
-    InGap,
     Locked,
     NoSpace,
-    NoSuchPoint,
     NoSuchTarget,
     NoSuchTemplate,
-    NotProtected,
-    NotRecoverable,
     NotSigned,
     NotSupported,
     RestoreError,
-    WrongKey,
 )
 from appliance.units import format_duration, format_size
 
 if TYPE_CHECKING:
-    from appliance.service.image.starting import Running
-    from appliance.service.image.streaming import Served, Streamed
+    from appliance.service.image.streaming import Served
 
-__all__ = ["emit_running", "emit_streamed", "serve_command"]
+__all__ = ["serve_command"]
 
-_POINT = (NotProtected, NoSuchPoint, AmbiguousPoint, InGap, NotRecoverable, WrongKey, GuestUnreadable)
 _PATIENCE = 600
-# A machine that lives is heard every few seconds.
-_SILENT = 30.0
 
 
 def _local(_ctx: click.Context, _param: click.Parameter, values: Any) -> dict[str, str]:
@@ -52,21 +43,19 @@ def _local(_ctx: click.Context, _param: click.Parameter, values: Any) -> dict[st
     return pairs
 
 
-@verb("serve", *_POINT, ConfigError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, NotSupported,
+@verb("serve", *GUEST, ConfigError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, NotSupported,
       AlreadyExists, ImageError, RestoreError, Locked, NoSpace)  # fmt: skip
 @domain_argument()
-@click.option("--at", "when", required=True, metavar="WHEN", shell_complete=complete_when,
-              help="A point, a label, a time, `10m ago`, `latest`, `#81726` (a write).")  # fmt: skip
-@click.option("--target", required=True, metavar="NAME", help="The hardware that it is for.")
+@when_option
+@target_option
 @click.option("--listen", required=True, metavar="ADDRESS:PORT", help="Where this host answers the machine.")
 @click.option("--into", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR",
               help="A new folder for the image. It has the secret of the session.")  # fmt: skip
 @click.option("--stream/--copy-first", "stream", default=True, show_default=True,
               help="Start at once and fill the local disks meanwhile, or fill them first.")  # fmt: skip
 @click.option("--name", metavar="NAME", help="What the session is called (default: as the target).")
-@click.option("--media", default="iso", show_default=True, metavar="LIST",
-              help="What to make, with commas between: uki, esp, iso, usb, pxe, disk.")  # fmt: skip
-@click.option("--template", default="", metavar="ID", help="The template (default: the newest).")
+@media_option
+@template_option
 @click.option("--reach", default="", metavar="ADDRESS:PORT", help="How the machine gets here, if not as --listen.")
 @click.option("--address", "own", default="dhcp", show_default=True, metavar="ADDRESS/PREFIX",
               help="The machine's address for this alone: one that nobody has, the guest neither.")  # fmt: skip
@@ -119,46 +108,3 @@ def _emit_served(context: Context, made: Served) -> None:
     took = format_duration(made.seconds)
     lines.append(f"{made.name} is served at {made.address} after {took}: start the machine from the image")
     context.output.emit(record, "\n".join(lines))
-
-
-def emit_running(context: Context, one: Running) -> None:
-    """One domain's line."""
-    record = records.ImageRunning(
-        one.name, one.point, one.phase, one.done_bytes, one.total_bytes, one.left, one.error
-    )  # fmt: skip
-    words = {
-        "pulling": f"filling {', '.join(one.left)}: {format_size(one.done_bytes)} of {format_size(one.total_bytes)}",
-        "off": f"off, and still needs the repository for {', '.join(one.left)}",
-        "done": "done: its disks are its own",
-        "stopped": "nobody fills its disks any more: `rewind image resume` goes on",
-        "gone": f"gone: there is no such domain any more; `rewind image forget {one.name}` ends what is kept for it",
-    }
-    error = f" ({one.error})" if one.error and one.phase != "gone" else ""
-    context.output.emit(record, f"{one.name:20} {words.get(one.phase, one.phase)}{error}")
-
-
-def emit_streamed(context: Context, one: Streamed) -> None:
-    """One session's line."""
-    record = records.ImageStreamed(
-        one.name, one.point, one.target, one.mode, one.phase, one.done_bytes, one.total_bytes, one.left_bytes, one.rate,
-        one.answers, one.silent_seconds, one.read_bytes, one.written_bytes, one.boots, one.service_seconds,
-        one.service_read_bytes, one.left, one.error,
-    )  # fmt: skip
-    far = f"{', '.join(one.left)}: {format_size(one.done_bytes)} of {format_size(one.total_bytes)}"
-    far += f", {format_size(one.left_bytes)} left"
-    far += f" at {format_size(one.rate)}/s" if one.rate else ""
-    words = {
-        "waiting": "served, and no machine has come yet",
-        "booting": f"its machine boots, or runs from here; {format_size(one.read_bytes)} were read",
-        "pulling": f"filling {far}",
-        "copying": f"copying {far}",
-        "done": "done: the machine's disks are its own",
-        "stopped": "nobody serves it any more: `rewind image resume` goes on",
-    }
-    remarks = [one.error] if one.error else []
-    if one.phase not in ("done", "stopped"):
-        remarks += [] if one.answers else ["no machine is answered now"]
-        if one.silent_seconds is not None and one.silent_seconds >= _SILENT:
-            remarks.append(f"nothing was heard of its machine for {format_duration(one.silent_seconds)}")
-    remark = f" ({'; '.join(remarks)})" if remarks else ""
-    context.output.emit(record, f"{one.name:20} {words[one.phase]}{remark}")
