@@ -171,8 +171,9 @@ def test_a_domain_is_where_it_was_brought_up(brought_up, tmp_path, monkeypatch):
     monkeypatch.setattr(hypervisor, "connect", {"test:///": there, "test:///b": missing}.get)
     with Session(Home(tmp_path), "test:///b") as session:
         assert starting.running(session, "twin").phase == "pulling"
-        with pytest.raises(ConfigError, match="still reads"):
+        with pytest.raises(ConfigError, match="still reads") as told:
             starting.forget(session, "twin")
+        assert "`virsh -c test:/// undefine --nvram twin`" in told.value.hint
         starting.resume(session, "twin")
 
 

@@ -6,6 +6,7 @@ that of points, a caged child; nothing of the guest is mounted or run.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,8 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
         raise ConfigError(reason=reason, hint="wait until `rewind image list` says done")
     domain = session.hypervisor_at(order.uri).domain(order.uuid)
     if domain.state() is not DomainState.SHUTOFF:
-        raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=f"`virsh shutdown {name}`")
+        hint = f"`virsh -c {shlex.quote(order.uri)} shutdown {name}`"
+        raise ConfigError(reason=f"domain {name!r} runs, so its disk cannot be read", hint=hint)
     folder = Path(order.image)
     disks = {disk: folder / f"{name}-{disk}.qcow2" for disk in order.disks}
     report, last, starts = _read(session, disks, order.settles, keys)

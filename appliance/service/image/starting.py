@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 import uuid
@@ -227,7 +228,8 @@ def _forget(session: Session, name: str) -> None:
     found, order = running(session, name), _order(session, name)
     if found.phase != "done" and not _is_undefined(session, order):  # nobody else starts it now
         reason = f"domain {name!r} still reads {', '.join(found.left) or 'its disks'} from the repository"
-        hint = f"wait until `rewind image list` says done, or `virsh undefine --nvram {name}`"
+        undefine = f"`virsh -c {shlex.quote(order.uri)} undefine --nvram {name}`"
+        hint = f"wait until `rewind image list` says done, or {undefine}"
         raise ConfigError(reason=reason, hint=hint)
     hydrate.tidy(session.home, name)
 
