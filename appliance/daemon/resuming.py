@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from appliance.daemon.shared import Shared, Tries, reason, unexpected
 from appliance.errors import Locked, NothingToResume, RewindError
 from appliance.process import lives
-from appliance.restore import hydrate, streams
+from appliance.restore import hydrations, streams
 from appliance.service.recovery import resume
 from appliance.service.underway import Pending, abandoned, under_way
 
@@ -93,7 +93,7 @@ class BroughtUp:
 
     def start(self, pool: ThreadPoolExecutor) -> None:
         """As many workers as are free, while there is something for them."""
-        self._tries.keep([*hydrate.names(self._shared.home), *streams.names(self._shared.home)])
+        self._tries.keep([*hydrations.names(self._shared.home), *streams.names(self._shared.home)])
         for key in _IMAGES:
             if key not in self._shared.running and self._waiting(time.time()):
                 self._shared.running[key] = pool.submit(self._resume_each)
@@ -102,12 +102,12 @@ class BroughtUp:
         """(failures, a domain and no machine, name) of what nobody works for and was last tried before then. First what
         never failed: a machine that lives and has just lost its server must not wait for what does not come back."""
         found = []
-        for kind in (hydrate, streams):
+        for kind in (hydrations, streams):
             for name in set(kind.unfinished(self._shared.home)) - self._taken:
                 tried = self._tries[name]
                 ready = tried.when < before and tried.may_again
                 if ready and not lives(kind.state(self._shared.home, name).get("key", "")):
-                    found.append((tried.failures, kind is hydrate, name))
+                    found.append((tried.failures, kind is hydrations, name))
         return sorted(found)
 
     def _resume_each(self) -> None:
@@ -157,7 +157,7 @@ class BroughtUp:
 
     def _failed(self, name: str, failures: int, detail: str) -> None:
         self._tries.note(name, failures + 1)
-        if name in hydrate.names(self._shared.home) or name in streams.names(self._shared.home):
+        if name in hydrations.names(self._shared.home) or name in streams.names(self._shared.home):
             self._shared.say("failed", name, detail)
         else:
             log.info("image %s was forgotten meanwhile: %s", name, detail)

@@ -1,4 +1,4 @@
-"""A domain that runs from a view while its local disks fill: started at once, alone in the end.
+"""The process of a domain that runs from a view while its local disks fill: started at once, alone in the end.
 
 Its images are overlays whose backing file is the view. What the guest reads comes from there at first touch, what it
 writes stays local, and libvirt's own block-pull moves the rest. A small process beside it outlives whoever began it:
@@ -7,11 +7,8 @@ writes stays local, and libvirt's own block-pull moves the rest. A small process
     pull      of each disk that still has the view below it; again when one has failed or QEMU was started anew
     end       when no disk needs the view any more
 
-    HOME/images/NAME/order.json     what it has to do, written once
-    HOME/images/NAME/state.json     {"key": its process, "view": process of the view, "slot", "served", "phase":
-                                     "pulling" | "off" | "done", "done", "total" bytes, "left": targets, "error"}
-
-Its repository session keeps gc away from what the view still has to read, whatever is forgotten meanwhile.
+It reads its order and writes down how it stands; those files, and what others do with them, are in hydrations.py. Its
+repository session keeps gc away from what the view still has to read, whatever is forgotten meanwhile.
 
     python -m appliance.restore.hydrate HOME NAME [SETTINGS]
 """
@@ -24,7 +21,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +30,9 @@ from appliance.errors import HypervisorError, RestoreError, RewindError
 from appliance.hypervisor import connect
 from appliance.hypervisor.base import Changes, Domain, DomainState, Hypervisor, Pulls
 from appliance.hypervisor.graph.nodes import all_nodes
-from appliance.model import MapRef
 from appliance.process import alone, lives, process_key
-from appliance.restore import outliving
-from appliance.restore.kept import KeptView, kill, views_of
+from appliance.restore import hydrations, outliving
+from appliance.restore.kept import KeptView
 from appliance.restore.newhardware import without_stops
 from appliance.restore.standstill import Standstill
 
@@ -45,86 +40,14 @@ if TYPE_CHECKING:
     from appliance.restore.export import ViewServer
     from appliance.store import Repository, RepositorySpec
 
-__all__ = [
-    "Hydration", "Order", "folder", "launch", "load", "names", "needed", "socket_path", "state", "tidy", "unfinished",
-]  # fmt: skip
+__all__ = ["Hydration"]
 
 _TICK = 0.5
-_START = 30.0
 _AGAIN = 5.0
 # Less than this free is too little for a disk to be filled.
 _ROOM = 4 << 20
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """`exports` are the disks of the point by their own targets, `disks` the targets of the new domain with the export
-    that each begins as. `owner` is QEMU's user and group, None for our own. `rate` in bytes a second, 0 for no limit.
-    `image` is the folder of the bootable image, `point` what it is of. `settles` names the report that the guest writes
-    once its disk starts by itself, empty if it does not."""
-
-    domain: str
-    uuid: str
-    uri: str
-    point: str
-    repository: str
-    exports: Mapping[str, MapRef]
-    disks: Mapping[str, str]
-    owner: tuple[int, int] | None
-    rate: int
-    image: str
-    settles: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        exports = {name: [ref.root.hex(), ref.size, ref.place] for name, ref in self.exports.items()}
-        return {
-            "domain": self.domain, "uuid": self.uuid, "uri": self.uri, "point": self.point,
-            "repository": self.repository, "exports": exports, "disks": dict(self.disks), "owner": self.owner,
-            "rate": self.rate, "image": self.image, "settles": self.settles,
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Order:
-        exports = {name: MapRef(bytes.fromhex(one[0]), one[1], one[2]) for name, one in value["exports"].items()}
-        owner = value["owner"]
-        return cls(**{**value, "exports": exports, "owner": None if owner is None else (owner[0], owner[1])})
-
-
-# --- for everybody --------------------------------------------------------------------------------------------------
-
-# All domains that were brought up from a home: their orders and how they stand.
-_KIND = outliving.Kind("images", "appliance.restore.hydrate", Order.from_json)
-folder, names, load, state = _KIND.folder, _KIND.names, _KIND.load, _KIND.state
-unfinished, needed = _KIND.unfinished, _KIND.needed
-
-
-def socket_path(home: Home, uuid: str) -> Path:
-    """Where QEMU finds the view."""
-    return home.run(uuid) / "image.sock"
-
-
-def launch(home: Home, order: Order, settings_file: Path = DEFAULT_SETTINGS) -> None:
-    """Write the order down and start the process; its view can be read when this returns. May be repeated. Raises
-    RestoreError with the reason when there is no view in time, and the process goes on trying then; or when it has
-    ended before."""
-    key = _KIND.start(home, order.domain, order, settings_file)
-    _KIND.await_state(home, order.domain, key, _is_ready, _START, "the view")
-
-
-def _is_ready(found: Mapping[str, Any]) -> bool:
-    """Of a state. One whose disks were complete already needs no view."""
-    return found.get("phase") == "done" or lives(found.get("view", ""))
-
-
-def tidy(home: Home, name: str) -> None:
-    """Forget a hydration that is over, or end one whose domain is gone."""
-    order = load(home, name)
-    kill(state(home, name).get("key", ""))
-    for view in views_of(socket_path(home, order.uuid)) if order is not None else ():
-        kill(view)
-    _KIND.drop(home, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,20 +61,17 @@ class _Seen:
     error: str
 
 
-# --- the process ----------------------------------------------------------------------------------------------------
-
-
 class Hydration:
     """One domain's. `run` is its main thread and keeps the view alive; a second one talks to the hypervisor, which may
     take its time; a third pings the view."""
 
     def __init__(self, home: Home, name: str, settings: Settings) -> None:
-        order = load(home, name)
+        order = hydrations.load(home, name)
         if order is None:
             raise RestoreError(reason=f"nothing is known of an image called {name!r}")
         self._home, self._order, self._settings = home, order, settings
-        self._folder = folder(home, name)
-        self._view = KeptView(name, self._make_view, socket_path(home, order.uuid), settings.view_timeout)
+        self._folder = hydrations.folder(home, name)
+        self._view = KeptView(name, self._make_view, hydrations.socket_path(home, order.uuid), settings.view_timeout)
         self._hypervisor: Hypervisor | None = None
         self._standstill = Standstill(home.path)
         self._next_pull: dict[str, float] = {}
@@ -164,7 +84,7 @@ class Hydration:
         with alone(self._folder / "hydrate.lock") as first:
             if not first:
                 return
-            before = state(self._home, self._order.domain)
+            before = hydrations.state(self._home, self._order.domain)
             self._view.inherit(int(before.get("slot", 0)), int(before.get("served", 0)))
             self._note()
             threading.Thread(target=self._work, name="pull", daemon=True).start()
@@ -231,7 +151,7 @@ class Hydration:
         view that went away in between would have QEMU wait for it, for minutes, with all that it is asked meanwhile."""
         if domain.state() is DomainState.SHUTOFF:
             return False
-        place = str(socket_path(self._home, self._order.uuid))
+        place = str(hydrations.socket_path(self._home, self._order.uuid))
         return any(str(node.get("file", "")).partition("socket=")[2] == place for node in all_nodes(domain.monitor()))
 
     def _pull(self, domain: Pulls, target: str) -> tuple[int, int, str]:

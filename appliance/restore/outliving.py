@@ -3,7 +3,7 @@
     HOME/KIND/NAME/order.json     what it has to do, written before it starts
     HOME/KIND/NAME/state.json     how it stands, replaced whenever that changes; `key` is its process
 
-KIND is `images` (hydrate.py) or `streams` (streams.py and serve.py).
+KIND is `images` (hydrations.py and hydrate.py) or `streams` (streams.py and serve.py).
 """
 
 from __future__ import annotations

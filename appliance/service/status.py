@@ -64,12 +64,12 @@ class DomainState:
 
 def brought_up(session: Session) -> tuple[list[Running], list[Streamed]]:
     """Domains and machines that were brought up from here and whose disks are not their own yet, or that are gone."""
-    from appliance.restore import hydrate, streams
+    from appliance.restore import hydrations, streams
 
     started: list[Running] = []
     served: list[Streamed] = []
     # All that makes images is loaded only where there are any: it takes longer than the rest of `status`.
-    if hydrate.names(session.home):
+    if hydrations.names(session.home):
         from appliance.service.image import starting
 
         started = [one for one in starting.listing(session) if one.phase != "done"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from appliance.capture import protection
 from appliance.errors import ConfigError, NoSuchPoint
 from appliance.model import Point
-from appliance.restore import hydrate, streams
+from appliance.restore import hydrations, streams
 from appliance.restore.intent import undo_point
 from appliance.service.image import evidence
 from appliance.service.instant import resolve
@@ -151,7 +151,7 @@ def _pinned(session: Session) -> dict[str, Pending]:
 def _guard(session: Session, one: Decision, pinned: dict[str, Pending], asked: bool) -> Decision:
     if one.keep:
         return one
-    if (reader := (hydrate.needed(session.home) | streams.needed(session.home)).get(one.point.id)) is not None:
+    if (reader := (hydrations.needed(session.home) | streams.needed(session.home)).get(one.point.id)) is not None:
         if asked:
             reason = f"{reader!r} still reads its disks from {one.point.id}"
             raise ConfigError(reason=reason, hint="`rewind image list` tells when it does not any more")

@@ -17,7 +17,7 @@ import pytest
 
 from appliance.config import Home
 from appliance.process import lives, run
-from appliance.restore import hydrate
+from appliance.restore import hydrations
 from tests.guests import clients
 from tests.support import libvirt, world
 from tests.support.imageproof import boot, compare, expected, watch
@@ -194,4 +194,4 @@ def _stand_still(imagery, console):
 
 
 def _state(imagery, name):
-    return hydrate.state(Home(imagery.home), name)
+    return hydrations.state(Home(imagery.home), name)

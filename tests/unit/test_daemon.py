@@ -26,7 +26,7 @@ from appliance.daemon.shared import Tried
 from appliance.errors import ConfigError, DomainNotFound, Locked, NoSuchTemplate, NotRecoverable
 from appliance.model import Consistency, Point
 from appliance.process import process_key
-from appliance.restore import hydrate, streams
+from appliance.restore import hydrations, streams
 from appliance.service import Session, locks
 from appliance.service.image import evidence, scheduled, starting, streaming, verifying
 from appliance.service.setup import init
@@ -249,7 +249,7 @@ def test_what_was_brought_up_goes_on_after_the_host_was_restarted(session, monke
     images, events = Images(monkeypatch, session.home), []
     for name in ("rack1", "rack2"):
         images.add(streams, name, phase="pulling", key="1:0")
-        images.add(hydrate, f"twin-{name}", phase="pulling", key="1:0")
+        images.add(hydrations, f"twin-{name}", phase="pulling", key="1:0")
     images.add(streams, "new")  # it was killed before it could say anything
     images.add(streams, "alone", phase="done", key="1:0")
     images.add(streams, "well", phase="booting", key=process_key(os.getpid()))
@@ -356,7 +356,7 @@ def test_machine_that_lives_does_not_wait_for_those_that_do_not_come_back(sessio
         daemon._brought_up._tries[name] = Tried(time.time() - 100, 1)
     with Slow(monkeypatch, images, daemon) as slow:
         assert sorted(slow.begun) == ["rack0", "rack1"]
-        images.add(hydrate, "twin", phase="pulling", key="1:0")
+        images.add(hydrations, "twin", phase="pulling", key="1:0")
         images.add(streams, "well", phase="pulling", key="1:0")
         assert [name for *_, name in daemon._brought_up._waiting(time.time())] == ["well", "twin", *all_racks[2:]]
     assert sorted(slow.begun) == [*all_racks, "twin", "well"]

@@ -10,7 +10,7 @@ import pytest
 from appliance.config import Home, Settings, write_json
 from appliance.hypervisor.base import DomainState
 from appliance.model import MapRef
-from appliance.restore import hydrate
+from appliance.restore import hydrate, hydrations
 
 UUID = "11111111-2222-3333-4444-555555555555"
 
@@ -47,11 +47,11 @@ class Domain:
 @pytest.fixture
 def hydration(tmp_path):
     home = Home(tmp_path)
-    order = hydrate.Order(
+    order = hydrations.Order(
         "twin", UUID, "qemu:///system", "p", "{}", {"vda": MapRef(b"", 1 << 20)}, {"sda": "vda"}, None, 0, "/image"
     )  # fmt: skip
-    hydrate.folder(home, "twin").mkdir(parents=True)
-    write_json(hydrate.folder(home, "twin") / "order.json", order.to_json())
+    hydrations.folder(home, "twin").mkdir(parents=True)
+    write_json(hydrations.folder(home, "twin") / "order.json", order.to_json())
     return hydrate.Hydration(home, "twin", Settings())
 
 
@@ -62,7 +62,7 @@ def stepped(hydration, domain):
 
 def test_it_is_alone_when_qemu_itself_has_closed_the_view(hydration, tmp_path):
     """libvirt calls the disk alone a moment earlier, and a view that went then would have QEMU wait for it."""
-    place = hydrate.socket_path(Home(tmp_path), UUID)
+    place = hydrations.socket_path(Home(tmp_path), UUID)
     for name in (place, quote(str(place))):
         seen = stepped(hydration, Domain(nodes=["/images/sda.qcow2", f"nbd+unix:///vda?socket={name}"]))
         assert (seen.phase, seen.left) == ("pulling", ())

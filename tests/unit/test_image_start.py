@@ -14,7 +14,7 @@ from appliance import hypervisor
 from appliance.cli.running import emit_running
 from appliance.config import Home
 from appliance.errors import ConfigError, ConnectError, DomainNotFound, Locked
-from appliance.restore import hydrate, outliving
+from appliance.restore import hydrations, outliving
 from appliance.service.image import making, starting
 from appliance.service.session import Session
 from images.settle.choice import After
@@ -90,13 +90,13 @@ def test_what_a_killed_forget_left_is_not_taken_for_the_new_domain(tmp_path, mon
     """P6-24: its state says done, for which nobody needs a view, and the new domain would start without one."""
 
     def launch(home, order, _settings):
-        found.append((hydrate.state(home, order.domain), hydrate.folder(home, order.domain).is_dir()))
+        found.append((hydrations.state(home, order.domain), hydrations.folder(home, order.domain).is_dir()))
         raise Enough
 
     found, home = [], Home(tmp_path)
-    hydrate.folder(home, "twin").mkdir(parents=True)
-    outliving.write_state(hydrate.folder(home, "twin"), {"phase": "done"})
-    monkeypatch.setattr(hydrate, "launch", launch)
+    hydrations.folder(home, "twin").mkdir(parents=True)
+    outliving.write_state(hydrations.folder(home, "twin"), {"phase": "done"})
+    monkeypatch.setattr(hydrations, "launch", launch)
     monkeypatch.setattr(starting, "qemu_user", lambda _: (0, 0))
     session = SimpleNamespace(
         home=home, uri="test:///", spec=SimpleNamespace(to_json=lambda: "{}"), settings_file=tmp_path
@@ -106,7 +106,7 @@ def test_what_a_killed_forget_left_is_not_taken_for_the_new_domain(tmp_path, mon
             session, undo, SimpleNamespace(id="p"), SimpleNamespace(disks=[]), [], "twin", "u", tmp_path, tmp_path,
             None, [], 0, "",
         )  # fmt: skip
-    assert found == [({}, True)] and not hydrate.folder(home, "twin").exists()
+    assert found == [({}, True)] and not hydrations.folder(home, "twin").exists()
 
 
 # --- what became of it ----------------------------------------------------------------------------------------------
@@ -122,13 +122,13 @@ def raiser(error):
 @pytest.fixture
 def brought_up(tmp_path, monkeypatch):
     """`running` of a domain in this phase, of which the hypervisor says this."""
-    order = hydrate.Order("twin", "u", "test:///", "p", "{}", {}, {"sda": "vda"}, None, 0, str(tmp_path), "")
-    monkeypatch.setattr(hydrate, "load", lambda *_: order)
+    order = hydrations.Order("twin", "u", "test:///", "p", "{}", {}, {"sda": "vda"}, None, 0, str(tmp_path), "")
+    monkeypatch.setattr(hydrations, "load", lambda *_: order)
     monkeypatch.setattr(starting, "lives", lambda _: True)
-    hydrate.folder(Home(tmp_path), "twin").mkdir(parents=True)
+    hydrations.folder(Home(tmp_path), "twin").mkdir(parents=True)
 
     def made(phase, domain=lambda _: None):
-        monkeypatch.setattr(hydrate, "state", lambda *_: {"phase": phase, "error": "no domain"})
+        monkeypatch.setattr(hydrations, "state", lambda *_: {"phase": phase, "error": "no domain"})
         session = SimpleNamespace(home=Home(tmp_path), hypervisor_at=lambda _: SimpleNamespace(domain=domain))
         return session, starting.running(session, "twin")
 
@@ -159,7 +159,7 @@ def test_a_domain_that_is_being_started_is_not_gone(brought_up):
             starting.forget(session, "twin")
     assert found.phase == starting.running(session, "twin").phase == "gone"
     starting.forget(session, "twin")
-    assert hydrate.names(session.home) == []
+    assert hydrations.names(session.home) == []
 
 
 def test_a_domain_is_where_it_was_brought_up(brought_up, tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_who_looks_is_in_nobodys_way(brought_up):
     assert starting.running(session, "twin").phase == "gone"
     threading.Timer(0.1, os.close, [another]).start()
     starting.forget(session, "twin")
-    assert not hydrate.folder(session.home, "twin").exists()
+    assert not hydrations.folder(session.home, "twin").exists()
 
 
 @pytest.mark.parametrize("phase", ["done", "off", "pulling"])

@@ -15,13 +15,13 @@ from appliance.config import Home
 from appliance.errors import ConfigError, RestoreError
 from appliance.model import MapRef
 from appliance.process import process_key
-from appliance.restore import hydrate, outliving, serve, streams
+from appliance.restore import hydrate, hydrations, outliving, serve, streams
 from tests.support.limits import limit
 
 MAP = MapRef(bytes(16), 1 << 20)
 SPEC = json.dumps({"url": "/repo", "cache": "/cache", "key_file": None, "key_fd": None})
 PLACES = {"sda": "vda"}
-BROUGHT_UP = hydrate.Order("twin", "uuid", "qemu:///system", "point-1", SPEC, {"vda": MAP}, PLACES, (1, 2), 0, "/i")
+BROUGHT_UP = hydrations.Order("twin", "uuid", "qemu:///system", "point-1", SPEC, {"vda": MAP}, PLACES, (1, 2), 0, "/i")
 SERVED = streams.Order("rack", "s", "uuid", "point-2", "t", SPEC, {"vda": MAP}, "0.0.0.0", 10809, True, "stream", "/i")
 
 
@@ -30,7 +30,7 @@ def home(tmp_path):
     return Home(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [hydrate, streams])
+@pytest.mark.parametrize("kind", [hydrations, streams])
 @pytest.mark.parametrize("name", ["..", "../domains", "", ".hidden", "a/b", "a b", "x" * 64])
 def test_a_name_leads_nowhere_else(home, kind, name):
     """The folder of a name is removed when it is forgotten, and when a start fails."""
@@ -40,10 +40,10 @@ def test_a_name_leads_nowhere_else(home, kind, name):
     assert home.path.exists()
 
 
-@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (streams, SERVED)])
+@pytest.mark.parametrize(("kind", "order"), [(hydrations, BROUGHT_UP), (streams, SERVED)])
 def test_a_point_is_needed_until_it_is_done(home, kind, order):
     """P6-23: whatever is forgotten, what still is read stays; also when the host has just been started."""
-    name = "twin" if kind is hydrate else "rack"
+    name = "twin" if kind is hydrations else "rack"
     where = kind.folder(home, name)
     where.mkdir(parents=True)
     (where / "order.json").write_text(json.dumps(order.to_json()))
@@ -58,7 +58,7 @@ def test_a_point_is_needed_until_it_is_done(home, kind, order):
     assert kind.names(home) == [] and kind.load(home, name) is None
 
 
-@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (streams, SERVED)])
+@pytest.mark.parametrize(("kind", "order"), [(hydrations, BROUGHT_UP), (streams, SERVED)])
 def test_what_cannot_be_forgotten_is_not_said_to_be(home, kind, order, monkeypatch):
     where = kind.folder(home, "rack")
     where.mkdir(parents=True)
@@ -87,17 +87,17 @@ def test_a_state_of_before_is_no_answer(home):
 
 def test_a_session_that_is_done_is_served_again_only_when_somebody_answers(home):
     assert not streams._is_ready({"ready": True, "phase": "done", "key": "1:0"})
-    assert hydrate._is_ready({"phase": "done", "key": "1:0", "view": ""})
+    assert hydrations._is_ready({"phase": "done", "key": "1:0", "view": ""})
 
 
-@pytest.mark.parametrize(("kind", "order"), [(hydrate, BROUGHT_UP), (streams, SERVED)])
+@pytest.mark.parametrize(("kind", "order"), [(hydrations, BROUGHT_UP), (streams, SERVED)])
 def test_what_was_forgotten_is_not_made_again(kind, order, home):
     with pytest.raises(FileNotFoundError):
         kind.launch(home, order)
     assert kind.names(home) == []
 
 
-@pytest.mark.parametrize(("kind", "process", "order"), [(hydrate, hydrate, BROUGHT_UP), (streams, serve, SERVED)])
+@pytest.mark.parametrize(("kind", "process", "order"), [(hydrations, hydrate, BROUGHT_UP), (streams, serve, SERVED)])
 def test_a_process_that_ends_at_once_is_not_waited_for(kind, process, order, home, monkeypatch):
     """P6-14: it would be a minute, in which nobody else can have the name, and without a reason."""
     home.create()

@@ -15,7 +15,7 @@ from appliance.cli.verbs.image.settled import settle_command
 from appliance.config import Home, Settings
 from appliance.errors import ConfigError, DomainNotFound, ImageError, NoSpace, NotSupported
 from appliance.hypervisor.base import DomainState
-from appliance.restore import hydrate
+from appliance.restore import hydrations
 from appliance.service.image import settling, sizes
 from appliance.service.image.sizes import Sizes
 from appliance.service.image.starting import Running
@@ -96,10 +96,10 @@ def brought_up(tmp_path, monkeypatch, session):
         # The name says what it is in the product; here a raw image is enough.
         monkeypatch.setattr(settling, "_FORMAT", "raw")
         disks = {"sda": "vda", "sdb": "vdb"}
-        order = hydrate.Order("twin", "u", "test:///", "p", "{}", {}, disks, None, 0, str(folder), settles)
+        order = hydrations.Order("twin", "u", "test:///", "p", "{}", {}, disks, None, 0, str(folder), settles)
         left = () if phase == "done" else ("sda",)
         monkeypatch.setattr(settling, "running", lambda *_: Running("twin", "p", phase, 0, 0, left, ""))
-        monkeypatch.setattr(settling.hydrate, "load", lambda *_: order)
+        monkeypatch.setattr(settling.hydrations, "load", lambda *_: order)
         host = Host(folder)
         monkeypatch.setattr(session, "hypervisor_at", lambda *_: host, raising=False)
         return host

@@ -26,7 +26,7 @@ from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported, R
 from appliance.extents import Extent
 from appliance.model import MapRef
 from appliance.process import alone, process_key
-from appliance.restore import claim, control, hydrate, serve, storagedaemon, streams
+from appliance.restore import claim, control, hydrations, serve, storagedaemon, streams
 from appliance.restore.storagedaemon import Place, StorageDaemon
 from appliance.service.image import starting, streaming
 from appliance.store import RepositorySpec
@@ -634,7 +634,7 @@ def test_session_that_was_forgotten_is_not_made_again(serving, order):
     assert not serving._folder.exists()
 
 
-@pytest.mark.parametrize(("kind", "listing"), [(streams, streaming.listing), (hydrate, starting.listing)])
+@pytest.mark.parametrize(("kind", "listing"), [(streams, streaming.listing), (hydrations, starting.listing)])
 def test_list_leaves_out_what_was_forgotten_meanwhile(kind, listing, serving, monkeypatch):
     monkeypatch.setattr(kind, "names", lambda _home: ["gone"])
     assert listing(session_of(serving)) == []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from appliance.errors import ConfigError, DomainNotFound, ImageError
 from appliance.hypervisor.base import Changes, Domain, DomainState
-from appliance.restore import hydrate
+from appliance.restore import hydrations
 from appliance.restore.newhardware import has_drive, has_medium, without_medium
 from appliance.service.image import readers
 from appliance.service.image.starting import running
@@ -72,7 +72,7 @@ def settle(session: Session, name: str, keys: Sequence[bytes] = ()) -> Settled:
     Its definition is as before then.
     """
     found = running(session, name)
-    order = hydrate.load(session.home, name)
+    order = hydrations.load(session.home, name)
     assert order is not None, "it was just read"
     if not order.settles:
         hint = "`rewind image start --settle` has a guest make its disk start by itself"

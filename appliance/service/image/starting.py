@@ -26,7 +26,7 @@ from appliance.hypervisor.base import Pulls
 from appliance.hypervisor.qemu_user import qemu_user
 from appliance.model import DiskPoint, Point
 from appliance.process import alone, lives, run
-from appliance.restore import hydrate, streams
+from appliance.restore import hydrations, streams
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
 from appliance.service import locks
 from appliance.service.elsewhere import choose
@@ -96,7 +96,7 @@ def start(
 
 
 def _lock(session: Session, name: str) -> Path:
-    return hydrate.folder(session.home, name).parent / f".{name}.lock"
+    return hydrations.folder(session.home, name).parent / f".{name}.lock"
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def _start(
     hypervisor = session.hypervisor()
     if name in hypervisor.domains():
         raise AlreadyExists(url=session.uri, name=f"domain {name}", hint="choose another --name")
-    if hydrate.load(session.home, name) is not None or streams.load(session.home, name) is not None:
+    if hydrations.load(session.home, name) is not None or streams.load(session.home, name) is not None:
         raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
     disks = choose(point, ())
     fit = Sizes(disks, sizes)
@@ -160,19 +160,20 @@ def _define(
     """The domain, shut off, over a view that answers."""
     disks = fit.disks
     uid, gid = qemu_user(session.uri)
-    socket = hydrate.socket_path(session.home, identity)
+    socket = hydrations.socket_path(session.home, identity)
     new_disks = {}
     for place, one in zip(places, disks, strict=True):
         path = folder / f"{name}-{place}.qcow2"
         new_disks[place] = NewDisk(path, one.disk, socket)
-    order = hydrate.Order(
+    order = hydrations.Order(
         name, identity, session.uri, point.id, session.spec.to_json(), {one.disk: one.map for one in disks},
         {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder), settles,
     )  # fmt: skip
-    undo.callback(hydrate.tidy, session.home, name)
-    hydrate.tidy(session.home, name)  # what a forget left that was killed: its state would be taken for the new one's
-    hydrate.folder(session.home, name).mkdir(parents=True)
-    hydrate.launch(session.home, order, session.settings_file)
+    undo.callback(hydrations.tidy, session.home, name)
+    # What a forget left that was killed: its state would be taken for the new one's.
+    hydrations.tidy(session.home, name)
+    hydrations.folder(session.home, name).mkdir(parents=True)
+    hydrations.launch(session.home, order, session.settings_file)
     for place, one in zip(places, disks, strict=True):
         _overlay(new_disks[place], one, fit, (uid, gid))
     folder.chmod(0o711)  # QEMU's user passes through
@@ -199,13 +200,13 @@ def follow(session: Session, name: str, progress: Progress = silent) -> Running:
 
 def listing(session: Session) -> list[Running]:
     """All that were brought up from this home and not forgotten, also while we look."""
-    found = [(name, hydrate.load(session.home, name)) for name in hydrate.names(session.home)]
+    found = [(name, hydrations.load(session.home, name)) for name in hydrations.names(session.home)]
     return [_standing(session, name, order) for name, order in found if order is not None]
 
 
 def resume(session: Session, name: str) -> None:
     """Have its disks filled again, after this host was restarted or the process that did it died. Raises ConfigError
-    for a name that nobody brought up and for a domain that is gone, Locked, RestoreError as `hydrate.launch`."""
+    for a name that nobody brought up and for a domain that is gone, Locked, RestoreError as `hydrations.launch`."""
     _order(session, name)
     with _alone(session, name):
         order = _order(session, name)  # it may have been forgotten, or started, before we had the name
@@ -213,7 +214,7 @@ def resume(session: Session, name: str) -> None:
             raise ConfigError(reason=f"domain {name!r} is gone", hint=f"`rewind image forget {name}`")
         if running(session, name).phase == "stopped":
             # The key may come to us through another descriptor than to whoever began.
-            hydrate.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
+            hydrations.launch(session.home, replace(order, repository=session.spec.to_json()), session.settings_file)
 
 
 def forget(session: Session, name: str) -> None:
@@ -231,7 +232,7 @@ def _forget(session: Session, name: str) -> None:
         undefine = f"`virsh -c {shlex.quote(order.uri)} undefine --nvram {name}`"
         hint = f"wait until `rewind image list` says done, or {undefine}"
         raise ConfigError(reason=reason, hint=hint)
-    hydrate.tidy(session.home, name)
+    hydrations.tidy(session.home, name)
 
 
 def running(session: Session, name: str) -> Running:
@@ -239,12 +240,12 @@ def running(session: Session, name: str) -> Running:
     return _standing(session, name, _order(session, name))
 
 
-def _gone(session: Session, order: hydrate.Order) -> bool:
+def _gone(session: Session, order: hydrations.Order) -> bool:
     """Whoever starts it now has not defined it yet, and may have the next moment: it is asked for last."""
     return not locks.taken(_lock(session, order.domain)) and _is_undefined(session, order)
 
 
-def _is_undefined(session: Session, order: hydrate.Order) -> bool:
+def _is_undefined(session: Session, order: hydrations.Order) -> bool:
     """Whether its own hypervisor answers and has no such domain. One that does not answer says nothing about it."""
     try:
         session.hypervisor_at(order.uri).domain(order.uuid)
@@ -255,14 +256,14 @@ def _is_undefined(session: Session, order: hydrate.Order) -> bool:
     return False
 
 
-def _order(session: Session, name: str) -> hydrate.Order:
-    if (order := hydrate.load(session.home, name)) is None:
+def _order(session: Session, name: str) -> hydrations.Order:
+    if (order := hydrations.load(session.home, name)) is None:
         raise ConfigError(reason=f"no domain {name!r} was brought up from here", hint="`rewind image list` lists them")
     return order
 
 
-def _standing(session: Session, name: str, order: hydrate.Order) -> Running:
-    state = hydrate.state(session.home, name)
+def _standing(session: Session, name: str, order: hydrations.Order) -> Running:
+    state = hydrations.state(session.home, name)
     phase = str(state.get("phase", "stopped"))
     if phase != "done" and not lives(state.get("key", "")):
         phase = "stopped"

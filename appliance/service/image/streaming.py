@@ -29,7 +29,7 @@ from appliance.errors import AlreadyExists, ConfigError, Locked, NotSupported
 from appliance.extents import Extent
 from appliance.model import Point
 from appliance.process import alone, lives
-from appliance.restore import control, hydrate, streams
+from appliance.restore import control, hydrations, streams
 from appliance.service.elsewhere import choose, export
 from appliance.service.image import drivers, making
 from appliance.service.instant import resolve
@@ -153,7 +153,7 @@ def _name(session: Session, name: str) -> Iterator[None]:
     where = streams.folder(session.home, name)
     where.parent.mkdir(exist_ok=True, mode=0o700)
     with _alone(session, name):
-        if streams.load(session.home, name) or hydrate.load(session.home, name):
+        if streams.load(session.home, name) or hydrations.load(session.home, name):
             raise AlreadyExists(url=str(session.home.path), name=f"image {name}", hint=f"`rewind image forget {name}`")
         shutil.rmtree(where, ignore_errors=True)  # of one that did not get as far as an order
         yield
