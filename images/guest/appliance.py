@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from appliance.errors import ConfigError
 from appliance.process import run
+from appliance.scratch import scratch_folder
 from images.guest.confine import user
 from images.guest.grub import version_key
 from images.guest.reader import ConfinedTree
@@ -91,15 +92,15 @@ def build_appliance(
     folder of its release, with its tables) instead of this host's newest. `check` may refuse it by raising.
 
     Needs root. Any thread and process may call it at once. Raises ConfigError, ToolFailed, and what `check` raises:
-    what was there stays then, and nothing is left of the new one.
+    what was there stays then, and nothing is left of the new one. What a build has left that was killed goes.
     """
     if not _PARTS.is_dir():
         raise ConfigError(reason="libguestfs is not installed", hint="apt install python3-guestfs")
     if kernel is None or modules is None:
         kernel, modules = host_kernel()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(prefix=".made-", dir=folder) as name:
-        made = _made(Path(name), kernel, modules)
+    with scratch_folder(folder, ".made-") as scratch:
+        made = _made(scratch, kernel, modules)
         check(made)
         told = _loaded(made)
         target = folder / f"{_NAME}{time.time_ns():x}"

@@ -9,7 +9,6 @@ import io
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import zstandard
 
 from appliance.errors import ImageError, TargetExists
+from appliance.scratch import scratch_folder
 from images.template.build import Template, files_of, load_template
 
 __all__ = ["pack", "unpack"]
@@ -46,15 +46,11 @@ def unpack(file: Path, folder: Path) -> Template:
     file is no template or its content is not that of its id; nothing is left then."""
     if folder.exists():
         raise TargetExists(path=folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with scratch_folder(folder.parent, f".{folder.name}-") as scratch:
         _extract(file, scratch)
         template = load_template(scratch, check=True)
         scratch.chmod(0o755)
         os.rename(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return Template(folder, template.manifest)
 
 

@@ -47,6 +47,18 @@ def test_it_is_kept_and_found_and_renewed(tmp_path, made):
     assert remove(tmp_path / "nowhere")
 
 
+def test_what_a_build_has_left_that_was_killed_goes(tmp_path, made):
+    """700 MiB, each time. Not what another one is at."""
+    _, build = made
+    left = tmp_path / "kept" / ".made-killed"
+    left.mkdir(parents=True)
+    (left / "root").write_text("half of it")
+    inner = []
+    outer = build(check=lambda _: inner.append(build()))
+    assert not left.exists() and inner[0].folder != outer.folder and outer.folder.exists()
+    assert sorted(one.name for one in (tmp_path / "kept").iterdir()) == sorted([outer.folder.name, "lock"])
+
+
 def test_one_that_is_in_use_stays_until_nobody_uses_it(tmp_path, made):
     _, build = made
     first = build()

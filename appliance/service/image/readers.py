@@ -7,13 +7,13 @@ is made when somebody asks for it and proved by starting it; a point's reading n
 from __future__ import annotations
 
 import re
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from appliance.errors import ConfigError
 from appliance.process import run
+from appliance.scratch import scratch_folder
 from appliance.service.session import Session
 from images.guest import appliance
 from images.guest.grub import version_key
@@ -50,8 +50,8 @@ def make(session: Session, kernel: str | Path | None = None) -> Kept:
     def check(made: Path) -> None:
         appliance.prove(made, session.home.path / "run", session.settings.accelerator)
 
-    with tempfile.TemporaryDirectory(prefix=".kernel-", dir=where) as scratch:
-        chosen = (None, None) if kernel is None else _unpacked(kernel, Path(scratch))
+    with scratch_folder(where, ".kernel-") as scratch:
+        chosen = (None, None) if kernel is None else _unpacked(kernel, scratch)
         return _kept(appliance.build_appliance(where, kernel=chosen[0], modules=chosen[1], check=check))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import IntegrityError, ObjectNotFound
+from appliance.scratch import scratch_folder
 from appliance.service.session import Session
 from appliance.store.blobs import BlobRef
 
@@ -67,9 +68,8 @@ class Shelf:
         """`where`, made by `unpack(file, where)` unless it is there. Two at once: the second finds the first one's."""
         if where.exists():
             return where
-        where.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=where.parent) as folder:
-            file = Path(folder) / "file"
+        with scratch_folder(where.parent, ".fetch-") as folder:
+            file = folder / "file"
             self.fetch(name, file)
             try:
                 unpack(file, where)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from appliance.errors import NoSuchTemplate
+from appliance.scratch import scratch_folder
 from appliance.service.image.shelf import Package, Shelf
 from appliance.service.session import Session
 from images.template import build, pack
@@ -33,12 +33,11 @@ def make(session: Session, kernel: str | Path = build.DEFAULT_KERNEL) -> Kept:
     """Make one and keep it. `kernel` as in `build_template`. Raises ImageError, ToolFailed, and what the store raises;
     nothing is kept then. One that has the same content as an older one is that one."""
     folder = session.home.cache / _KIND
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".make-", dir=folder) as scratch:
-        made = build.build_template(Path(scratch) / "template", kernel=kernel)
+    with scratch_folder(folder, ".make-") as scratch:
+        made = build.build_template(scratch / "template", kernel=kernel)
         if (known := _find(session, made.id)) is not None:
             return known
-        file = Path(scratch) / "file"
+        file = scratch / "file"
         pack.pack(made, file)
         Shelf(session, _KIND).put(made.id, made.manifest.model_dump(mode="json"), file)
         where = folder / made.id
