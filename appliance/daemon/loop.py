@@ -25,9 +25,9 @@ from typing import Any
 from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.daemon.resuming import BroughtUp, Reverts
-from appliance.daemon.shared import Event, Shared, Tries, reason, unexpected
+from appliance.daemon.shared import Event, Shared, Tries, why
 from appliance.daemon.verifying import Verifying
-from appliance.errors import Locked, NoSuchPoint, RewindError, StoreError
+from appliance.errors import Locked, NoSuchPoint, StoreError
 from appliance.process import alone
 from appliance.schedule import Task, due, next_time
 from appliance.service import Session
@@ -114,13 +114,9 @@ class Daemon:
         try:
             with self._shared.session() as session:
                 ensure(session, record)
-        except RewindError as error:
+        except Exception as error:  # noqa: BLE001  see `why`
             self._tapped.note(record.uuid, failures + 1)
-            self._shared.say("failed", record.domain, reason(error))
-        except Exception as error:
-            log.exception("tap of %s", record.domain)
-            self._tapped.note(record.uuid, failures + 1)
-            self._shared.say("failed", record.domain, unexpected(error))
+            self._shared.say("failed", record.domain, why(f"tap of {record.domain}", error))
         else:
             self._tapped.note(record.uuid, 0)
             self._shared.say("tap", record.domain, "the process that captures continuously was started")
@@ -166,12 +162,8 @@ class Daemon:
         try:
             with self._shared.session() as session:
                 taken = point(session, task.uuid, reason="schedule", wait=task.every)
-        except RewindError as error:
-            self._failed(task, began, reason(error))
-        except Exception as error:
-            # A bug in one domain's epoch must not end the protection of the others.
-            log.exception("point of %s", task.domain)
-            self._failed(task, began, unexpected(error))
+        except Exception as error:  # noqa: BLE001  see `why`
+            self._failed(task, began, why(f"point of {task.domain}", error))
         else:
             changed = sum(one.changed_bytes for one in taken.disks)
             self._tried[task.uuid] = (began, 0)

@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from appliance.daemon.shared import Shared, Tries, reason, unexpected
+from appliance.daemon.shared import Shared, Tries, why
 from appliance.errors import Locked, NothingToResume, RewindError
 from appliance.process import lives
 from appliance.restore import hydrations, streams
@@ -64,11 +64,8 @@ class Reverts:
             self._tries.note_held(pending.uuid)
         except NothingToResume:
             pass
-        except RewindError as error:
-            self._failed(pending, failures, reason(error))
-        except Exception as error:
-            log.exception("revert of %s", pending.domain)
-            self._failed(pending, failures, unexpected(error))
+        except Exception as error:  # noqa: BLE001  see `why`
+            self._failed(pending, failures, why(f"revert of {pending.domain}", error))
         else:
             self._tries.pop(pending.uuid, None)
             for one in results:
@@ -146,11 +143,8 @@ class BroughtUp:
         except Locked as error:
             log.info("image %s: %s", name, error)  # whoever begins or forgets it has come first
             self._tries.note_held(name)
-        except RewindError as error:
-            self._failed(name, failures, reason(error))
-        except Exception as error:
-            log.exception("image %s", name)
-            self._failed(name, failures, unexpected(error))
+        except Exception as error:  # noqa: BLE001  see `why`
+            self._failed(name, failures, why(f"image {name}", error))
         else:
             self._tries.note(name, 0)
             self._shared.say("resumed", name, "its disks are being filled again" if filled else "it is served again")

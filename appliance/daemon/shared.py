@@ -9,6 +9,7 @@ to an hour. What somebody else holds is looked at again after seconds, however o
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -20,7 +21,9 @@ from typing import NamedTuple
 from appliance.errors import RewindError, of_the_system
 from appliance.service import Session
 
-__all__ = ["Event", "Shared", "Tried", "Tries", "pause", "reason", "unexpected"]
+__all__ = ["Event", "Shared", "Tried", "Tries", "pause", "why"]
+
+log = logging.getLogger(__name__)
 
 # What could not be ended is tried again after this, then after twice as long, and so on: a person may have to help
 # first, and needs the domain's lock for that.
@@ -99,13 +102,17 @@ def pause(failures: int) -> float:
     return min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else _SOON
 
 
-def reason(error: RewindError) -> str:
-    """What is told of it: there is nobody whom a hint could be shown apart."""
-    return error.message + (f" ({error.hint})" if error.hint else "")
-
-
-def unexpected(error: Exception) -> str:
-    """What is told of a bug, or of what the system refuses; its trace belongs in the log."""
+def why(what: str, error: Exception) -> str:
+    """What is told of the error that ended a worker, whose work is `what`. It may be any: a bug in what is done for one
+    domain must not end the protection of the others, and its trace is in the log then."""
+    if isinstance(error, RewindError):
+        return _words(error)
+    log.error("%s", what, exc_info=error)
     if isinstance(error, OSError) and (ours := of_the_system(error)) is not None:
-        return reason(ours)
+        return _words(ours)
     return f"unexpected {type(error).__name__}: {error}"
+
+
+def _words(error: RewindError) -> str:
+    """With the hint: there is nobody whom it could be shown apart."""
+    return error.message + (f" ({error.hint})" if error.hint else "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from appliance.capture import protection
 from appliance.capture.protection import Protection
-from appliance.daemon.shared import Shared, pause, reason, unexpected
+from appliance.daemon.shared import Shared, pause, why
 from appliance.errors import Interrupted, RewindError
 
 if TYPE_CHECKING:
@@ -68,11 +68,8 @@ class Verifying:
                 found = verifying.verify(session, record.uuid, point, stopped=self._shared.stopped.is_set)
         except Interrupted:
             pass  # asked to stop: the next daemon begins anew
-        except RewindError as error:
-            self._failed(record, failures, reason(error))
-        except Exception as error:
-            log.exception("test of %s", record.domain)
-            self._failed(record, failures, unexpected(error))
+        except Exception as error:  # noqa: BLE001  see `why`
+            self._failed(record, failures, why(f"test of {record.domain}", error))
         else:
             self._tested[record.uuid] = (self._tested[record.uuid][0], 0)
             self._tell(record, point, found)
