@@ -24,7 +24,8 @@ means the newest point at or before it. Of what is captured continuously a time 
 microsecond, and `#81726` means the write of that number; a point is made of it when there is none yet. When the clock
 was set back and a time came twice, the earlier one is meant. After the host or the capture has died without a word the
 last writes are recorded but were not seen to be all: `#81726?` takes such a one, and its point has the reason `unseen`.
-`latest`, times, ages, `#81726` and ids mean themselves: they are refused as labels.
+`latest`, times, ages, `#81726` and ids mean themselves: they are refused as labels. `81726` means the same write as
+long as no point has it for a label.
 
 Points with the reason `before-revert` or `safety` were taken by a revert: the present while the guest still ran, and
 what it had written when it was stopped. Right after a revert `latest` is therefore the safety point, the state that was

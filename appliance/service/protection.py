@@ -26,6 +26,7 @@ from appliance.service import tap
 from appliance.service.naming import earlier, holder, uuid_of
 from appliance.service.session import Progress, Session, silent
 from appliance.service.underway import refuse_if_under_way
+from appliance.timeline.instant import number_of
 from appliance.timeline.when import reading
 
 if TYPE_CHECKING:
@@ -262,6 +263,10 @@ def _warn_of_label(session: Session, record: Protection, label: str) -> None:
     """Not refused: a script that gives every night's point the same label shall not lose the second night."""
     if not label:
         return
+    if record.continuous and number_of(label) is not None:
+        session.warn(
+            f"the label {label!r} is the number of a write, too: once its point is forgotten `--to {label}` means that"
+        )
     same = [one for one in session.catalogue.points(record.uuid, measure=False) if one.label == label]
     if same:
         when = same[-1].time.astimezone().isoformat(sep=" ", timespec="seconds")
