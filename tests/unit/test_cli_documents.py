@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import dataclasses
 import json
 import re
@@ -34,6 +35,19 @@ def documented():
         rows = re.findall(r"^\| ([a-z_, ]+) \|", text, flags=re.MULTILINE)
         found[name.strip()] = [field.strip() for row in rows if row != "field" for field in row.split(",")]
     return found
+
+
+def test_the_unit_of_systemd_has_what_the_daemon_needs(monkeypatch, capsys):
+    """Its children outlive it, it tells systemd when it is ready, and a signal has it look anew."""
+    monkeypatch.setattr("sys.argv", ["/opt/venv/bin/rewind", "help", "systemd"])
+    assert main(["help", "systemd"]) == 0
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read_string(capsys.readouterr().out)
+    service = unit["Service"]
+    assert (service["ExecStart"], service["Type"]) == ("/opt/venv/bin/rewind daemon", "notify")
+    assert (service["KillMode"], service["OOMPolicy"]) == ("process", "continue")
+    assert "-HUP" in service["ExecReload"] and unit["Install"]["WantedBy"] == "multi-user.target"
 
 
 def test_every_type_is_documented():

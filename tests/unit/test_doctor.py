@@ -281,6 +281,25 @@ def test_fix_installs_the_hook(session, tmp_path):
     assert "not installed" not in text(host.fence(session))
 
 
+@pytest.mark.parametrize(
+    ("group", "mode", "told"),
+    [
+        ("0::/system.slice/rewind.service", "control-group", True),
+        ("0::/system.slice/rewind.service", "process", False),
+        ("0::/user.slice/user-0.slice/session-3.scope", "control-group", False),
+    ],
+)
+def test_a_unit_that_ends_what_outlives_the_daemon_is_told(session, monkeypatch, tmp_path, group, mode, told):
+    """What records writes, and what guests read from: systemd kills them with the daemon unless it is told not to."""
+    (session.home.path / "daemon.lock").write_text(str(tmp_path / "daemon"))
+    (tmp_path / "daemon").mkdir()
+    (tmp_path / "daemon/cgroup").write_text(f"{group}\n")
+    monkeypatch.setattr(host, "Path", lambda path: Path(path.removeprefix("/proc/")))
+    monkeypatch.setattr(host, "run", lambda argv, **_: f"{mode}\n" if argv[-1] == "rewind.service" else "")
+    monkeypatch.setattr(Session, "daemon_runs", lambda _: True)
+    assert ("systemctl edit rewind.service" in text(host.daemon(session), "warn")) is told
+
+
 def test_a_schedule_without_a_daemon_is_told(session):
     from appliance.capture import protection
     from appliance.capture.protection import Protection

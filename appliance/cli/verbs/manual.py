@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import click
 
 from appliance.cli.command import Context, verb
@@ -10,9 +13,10 @@ __all__ = ["completion_command", "help_command"]
 
 
 @verb("help")
-@click.argument("topic", required=False, metavar="[VERB|settings|exit-codes|json|man]")
+@click.argument("topic", required=False, metavar="[VERB|settings|exit-codes|json|man|systemd]")
 def help_command(context: Context, topic: str | None) -> None:
-    """Explain a verb, list the settings or the exit codes, or print the documentation of --json or the manual page.
+    """Explain a verb, list the settings or the exit codes, or print the documentation of --json, the manual page, or a
+    unit of systemd for the daemon.
 
     Without a topic: the same as `rewind --help`.
     """
@@ -27,6 +31,8 @@ def help_command(context: Context, topic: str | None) -> None:
         from importlib.resources import files
 
         click.echo((files("appliance.cli") / f"{topic.upper()}.md").read_text())
+    elif topic == "systemd":
+        click.echo(_unit(), nl=False)
     elif topic == "man":
         from appliance.cli.man import page
 
@@ -37,6 +43,15 @@ def help_command(context: Context, topic: str | None) -> None:
         click.echo(command.get_help(click.Context(command, info_name=topic, parent=root)))
     else:
         raise click.UsageError(f"there is no help for {topic!r}")
+
+
+def _unit() -> str:
+    """With the program that was started."""
+    from importlib.resources import files
+
+    text = (files("appliance.cli") / "rewind.service").read_text()
+    started = os.path.abspath(sys.argv[0])
+    return text.replace("/usr/local/bin/rewind", started) if os.path.basename(started) == "rewind" else text
 
 
 def _exit_codes(context: Context) -> None:

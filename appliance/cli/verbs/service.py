@@ -19,10 +19,11 @@ __all__ = ["daemon_command"]
 def daemon_command(context: Context, once: bool) -> None:
     """Take the points of every domain that was protected with --every, until SIGTERM or Ctrl-C.
 
-    Stays in the foreground; systemd's Type=notify and Type=exec both suit. A domain that fails is told and tried again,
-    the others go on. A revert that was interrupted and that nobody drives any more is resumed, and so are domains and
-    machines that were brought up and whose disks are not their own yet. SIGHUP reads settings and protection again at
-    once; so does every round.
+    Stays in the foreground. `rewind help systemd` prints a unit of systemd for it; in one of your own
+    KillMode=process is needed, or what records every write and what guests read from would be killed with the
+    daemon. A domain that fails is told and tried again, the others go on. A revert that was interrupted and that
+    nobody drives any more is resumed, and so are domains and machines that were brought up and whose disks are not
+    their own yet. SIGHUP reads settings and protection again at once; so does every round.
     """
     from appliance.daemon import Daemon, Event
 

@@ -8,6 +8,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from appliance.process import run
 from appliance.service import keys
 from appliance.service.doctor import known
 from appliance.service.doctor.finding import Check, fail, ok, warn
+from appliance.service.locks import daemon_lock
 from appliance.store.backend.place import on_this_host
 from appliance.units import GiB, MiB, format_duration, format_size
 
@@ -214,6 +216,11 @@ def daemon(session: Session) -> Iterator[Check]:
     scheduled = [one.domain for one in records if one.every]
     continuous = [one.domain for one in records if one.continuous]
     if session.daemon_runs():
+        if unit := _takes_all_along(session):
+            yield warn(
+                "daemon", f"whenever {unit} is stopped or restarted what records writes and what guests read from ends",
+                f"systemctl edit {unit}, and put KillMode=process into its [Service]",
+            )  # fmt: skip
         if both := dict.fromkeys(scheduled + continuous):
             yield ok("daemon", f"runs, for {', '.join(both)}")
         return
@@ -224,6 +231,17 @@ def daemon(session: Session) -> Iterator[Check]:
     if continuous:
         reason = "does not run: after the host, or the process that captures, has ended nobody starts it again for"
         yield warn("daemon", f"{reason} {', '.join(continuous)}", "rewind daemon")
+
+
+def _takes_all_along(session: Session) -> str:
+    """The unit of systemd that ends the daemon with all that it has started; empty when there is none."""
+    with suppress(RewindError, OSError):
+        group = Path(f"/proc/{daemon_lock(session.home).read_text()}/cgroup").read_text().rpartition("::")[2].strip()
+        unit = group.rpartition("/")[2]
+        if group.startswith("/system.slice/") and unit.endswith(".service"):
+            mode = run(["systemctl", "show", "--property=KillMode", "--value", unit], timeout=10).strip()
+            return unit if mode in ("control-group", "mixed") else ""
+    return ""
 
 
 CHECKS = (home, settings, key, repository, space, clock, tools, hypervisor, fence, daemon, image_reader)
