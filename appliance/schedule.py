@@ -1,8 +1,9 @@
 """What is due now: a pure function of the tasks and the clock, which is passed in.
 
-A task that is late runs once, not once for every interval it missed. After a failure the next try comes after half an
-interval, then after a whole one and so on up to an hour: long enough to leave a broken host alone, short enough that
-nobody has to wake protection up. A clock that was set back makes everything due instead of silent.
+A task that is late runs once, not once for every interval it missed. After a failure the next try comes after a minute
+(after half an interval, where that is shorter), then after twice as long and so on up to an hour: long enough to leave
+a broken host alone, short enough that a libvirt that was away for a moment costs no interval. A clock that was set back
+makes everything due instead of silent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 __all__ = ["Task", "due", "next_time"]
 
-_LONGEST_BACKOFF = 3600.0
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 60.0, 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Task:
 def next_time(task: Task, now: float) -> float:
     """When the task is to run next; in the past means it is late."""
     if task.failures and task.tried is not None and task.tried <= now:
-        return task.tried + min(task.every / 2 * 2.0 ** (task.failures - 1), _LONGEST_BACKOFF)
+        first = min(task.every / 2, _FIRST_BACKOFF)
+        return task.tried + min(first * 2.0 ** (task.failures - 1), _LONGEST_BACKOFF)
     if task.last is None or task.last > now:
         return now
     return task.last + task.every

@@ -60,7 +60,9 @@ def init(
     home = session.home
     if home.instance_file.exists():
         raise AlreadyExists(
-            url=str(home.path), name=home.instance_file.name, hint="this home is in use; --home names another"
+            url=str(home.path), name=home.instance_file.name,
+            hint="nothing was changed, and nothing has to be made again: `rewind status` tells what there is;"
+            " --home names another home",
         )
     if len(os.fsencode(home.path)) > _LONGEST_HOME:
         raise ConfigError(

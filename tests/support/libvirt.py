@@ -1,5 +1,7 @@
 """A libvirt daemon of our own, started by hand in the private world.
 
+    python -m tests.support.libvirt      starts it anew, and returns once it answers: `systemctl restart libvirtd`
+
 Debian 12 and 13 both ship the monolithic `libvirtd`. It runs without systemd when it is given a log daemon first.
 """
 
@@ -86,3 +88,8 @@ def _alive(pid_file: Path) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+if __name__ == "__main__":
+    stop()
+    start()

@@ -1075,6 +1075,15 @@ def test_status_shows_how_the_capture_stands(web):
     assert "waiting" in web.out and "the process that captures is not there" in web.out
 
 
+def test_capture_without_a_point_says_so(web):
+    """After the first attempt failed nothing can be recovered, whatever the clock is going to do."""
+    assert web.json("status")[1]["capture"]["reason"] == ""
+    with Session(Home(web.home)) as session:
+        for one in session.repository.points():
+            session.repository.delete_point(one.id)
+    assert web.json("status")[1]["capture"]["reason"] == "there is no point yet"
+
+
 def test_a_repository_elsewhere_has_a_far_figure(web, monkeypatch):
     monkeypatch.setattr("appliance.service.capturing.on_this_host", lambda _url: "")
     found = web.json("status")[1]["capture"]

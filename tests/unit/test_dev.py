@@ -94,6 +94,12 @@ def test_unknown_verb_is_one_sentence():
     assert "nonsense" in done.stderr
 
 
+def test_a_shell_takes_a_command_and_no_option():
+    done = subprocess.run([ROOT / "dev", "shell", "--help"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "dev: shell takes a command and its arguments, not the option '--help' (./dev help)"
+
+
 def test_the_demo_tells_that_an_answer_waits_for_the_boot(capsys):
     """Or a revert of a second reads as one of twenty."""
     from tests.demo.tell import Teller

@@ -44,6 +44,12 @@ def test_failures_back_off_up_to_an_hour():
     assert waits == sorted(waits)
 
 
+def test_a_failure_of_a_moment_costs_no_interval():
+    """libvirt was started anew, say."""
+    failed = task(every=86400, last=NOW - 90000, tried=NOW, failures=1)
+    assert next_time(failed, NOW) - NOW == 60
+
+
 def test_a_clock_set_back_makes_due_instead_of_silent():
     assert due([task(last=NOW + 500)], NOW)
     assert due([task(last=NOW + 500, tried=NOW + 400, failures=3)], NOW)

@@ -182,6 +182,8 @@ def _taken(record: records.Point) -> str:
 def status_command(context: Context, domain: str | None, everything: bool) -> int:
     """Tell how things stand: the repository, each domain, its newest point, what is under way.
 
+    Captured are `epochs` (what changed between two points) or, with --continuous, by a `tap` every write.
+
     Exit code 1 when a domain is late, a revert has not ended, the hypervisor does not answer, a protected disk cannot
     be captured or is not there, every write of a running domain is wanted and is not captured, no daemon runs though a
     domain is protected with --every, or nobody serves a domain or machine that was brought up and whose disks are not
