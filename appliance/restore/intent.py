@@ -37,8 +37,8 @@ from appliance.errors import RestoreError, RevertUnderWay
 from appliance.model import MapRef
 
 __all__ = [
-    "DiskIntent", "Intent", "Phase", "discard", "drive_lock", "driven", "load", "pending", "refuse_if_under_way",
-    "save", "set_aside", "tidy", "undo_point",
+    "Course", "DiskIntent", "Intent", "Phase", "discard", "drive_lock", "driven", "load", "pending",
+    "refuse_if_under_way", "save", "set_aside", "tidy", "undo_point",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -168,6 +168,18 @@ def _disk(value: dict[str, Any]) -> DiskIntent:
         ref = value[name]
         value[name] = MapRef(bytes.fromhex(ref["root"]), ref["size"], ref["place"])
     return DiskIntent(**value)
+
+
+class Course:
+    """The intent of a revert while somebody drives it: the newest, written down with every step."""
+
+    def __init__(self, home: Home, intent: Intent) -> None:
+        self._home, self.intent = home, intent
+
+    def save(self, phase: Phase, **facts: object) -> None:
+        """Announce the phase, with what is to be known in it."""
+        extra = {**self.intent.extra, **facts}
+        self.intent = save(self._home, self.intent.at(phase, extra=extra))
 
 
 def pending(home: Home) -> list[Intent]:

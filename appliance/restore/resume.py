@@ -15,8 +15,10 @@ from appliance.hypervisor.graph import base
 from appliance.hypervisor.graph import revert as graph
 from appliance.hypervisor.graph.revert import Place
 from appliance.restore import intent as intents
-from appliance.restore.drive import Driver, Progress, chain_of
+from appliance.restore.chain import chains_of
+from appliance.restore.drive import Driver
 from appliance.restore.intent import Intent, Phase
+from appliance.restore.retrieval import Progress
 
 __all__ = ["GoneDomain", "go_on"]
 
@@ -100,7 +102,7 @@ def _all_switched(home: Home, settings: Settings, domain: Domain, intent: Intent
     if intent.phase is not Phase.FENCED or domain.state() is DomainState.SHUTOFF:
         return False
     monitor = domain.monitor()
-    chains = [chain_of(home, settings, intent, disk, n, offline=False) for n, disk in enumerate(intent.disks)]
+    chains = chains_of(home, settings, intent, offline=False)
     return all(graph.place(monitor, chain) is Place.SWITCHED for chain in chains)
 
 

@@ -33,11 +33,13 @@ from appliance.hypervisor.graph.dataplane import NotDriven
 from appliance.model import DiskKind, Point, Timeline
 from appliance.restore import fence, keeper, sidecar
 from appliance.restore import intent as intents
-from appliance.restore.drive import Driver, Progress, chain_of, make_overlay
+from appliance.restore.chain import chains_of, make_overlay
+from appliance.restore.drive import Driver
 from appliance.restore.intent import DiskIntent, Intent, Phase
 from appliance.restore.masks import correct_patch, prepare_patch
 from appliance.restore.plan import Part, Plan, make_plan, notes, pair
 from appliance.restore.resume import go_on
+from appliance.restore.retrieval import Progress
 from appliance.units import MiB, format_size
 
 if TYPE_CHECKING:
@@ -421,10 +423,7 @@ class Reverter:
             yield noted[0], pause
 
     def _switch(self, driver: Driver, monitor: Monitor) -> None:
-        chains = [
-            chain_of(self._home, self._settings, driver.intent, disk, number, offline=False)
-            for number, disk in enumerate(driver.intent.disks)
-        ]
+        chains = chains_of(self._home, self._settings, driver.intent, offline=False)
         graph.switch(monitor, chains)
         try:
             graph.power_cycle(monitor)
