@@ -9,9 +9,8 @@ import pytest
 
 from appliance.errors import DomainBusy, MonitorError, NothingToResume, NothingToUndo, NotRecoverable, RevertUnderWay
 from appliance.hypervisor import connect
-from appliance.restore import fence, keeper
+from appliance.restore import fence, keeper, precopy, switching
 from appliance.restore import intent as intents
-from appliance.restore import revert as module
 from appliance.restore.intent import Phase
 from appliance.restore.plan import pair
 from appliance.restore.resume import GoneDomain, go_on
@@ -87,7 +86,7 @@ def test_an_attempt_that_fails_keeps_the_undo_of_the_revert_before(bench, monkey
         raise NotRecoverable(point=first.id, reason="pretended")
 
     with monkeypatch.context() as patched, pytest.raises(NotRecoverable, match="pretended"):
-        patched.setattr(module, "prepare_patch", fail)
+        patched.setattr(switching, "prepare_patch", fail)
         b.reverter().revert(first)
     assert only_bitmaps(b) and not fence.stands(b.home, b.uuid)
     assert b.reverter().undo().verb == "undo"
@@ -231,7 +230,7 @@ def test_the_plan_after_a_revert_counts_from_what_it_left(bench):
     b.point()
     b.reverter().revert(then)
     assert b.reverter().plan(then).changed_bytes == 0
-    safety = b.repo.point(b.reverter()._record().last_point)
+    safety = b.repo.point(b.record().last_point)
     assert b.reverter().plan(safety).changed_bytes > 0
     b.machine.quit()
 
@@ -416,21 +415,21 @@ def test_a_guest_that_writes_too_fast_is_not_stopped_for_long(bench, monkeypatch
     first = b.point()
     plan = b.reverter().plan(first, instant=True)
     assert any("more than 1.5 s" in note for note in plan.notes)
-    monkeypatch.setattr(module, "_RATE", 64 << 10)
-    real = module.keeper.ensure
+    monkeypatch.setattr(precopy, "_RATE", 64 << 10)
+    real = keeper.ensure
 
     def written_meanwhile(*args):
         real(*args)
         b.scribble(20)
 
     with monkeypatch.context() as patched, pytest.raises(DomainBusy, match="pause_limit") as caught:
-        patched.setattr(module.keeper, "ensure", written_meanwhile)
+        patched.setattr(keeper, "ensure", written_meanwhile)
         b.reverter().revert(first, instant=True)
     assert "nothing has changed" in caught.value.hint
     assert only_bitmaps(b) and not fence.stands(b.home, b.uuid) and b.intent() is None
     assert b.domain.state().value == "running" and b.reads_right()
     b.wait_ended()
-    monkeypatch.setattr(module, "_RATE", 1 << 30)
+    monkeypatch.setattr(precopy, "_RATE", 1 << 30)
     b.reverter().revert(first)
     b.now_is(first)
     assert b.reads_right()
