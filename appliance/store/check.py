@@ -24,9 +24,10 @@ from appliance.errors import AlreadyExists, IntegrityError, NoSuchPoint, ObjectN
 from appliance.model import Point
 from appliance.store import ledgers, manifest, parted
 from appliance.store.codec import Box, decompress
+from appliance.store.damaged import DAMAGED, load_damaged
 from appliance.store.node import BLOCK_SIZE, NODE_VERSION, OFFSET_BITS, Blocks, Node, block_record, height
 from appliance.store.pack import CHUNK_RECORD, Entry, label, pack_name, verify_pack
-from appliance.store.repository import DAMAGED, Repository, load_damaged
+from appliance.store.repository import Repository
 from appliance.store.run import TAG, Run
 from appliance.units import CHUNK
 
@@ -321,7 +322,7 @@ class _Walker:
     def __init__(self, repo: Repository) -> None:
         self._codec = repo.codec
         self._index = repo.index
-        self._blocks = Blocks(repo.read_block)
+        self._blocks = Blocks(repo.reader.block)
         self._good: set[int] = set()
         self._bad: dict[int, frozenset[_Bad]] = {}
 

@@ -17,9 +17,10 @@ from typing import Final
 from appliance.errors import IntegrityError, ObjectNotFound, VersionUnsupported
 from appliance.store import collection
 from appliance.store.collection import Collection
+from appliance.store.damaged import DAMAGED, load_damaged
 from appliance.store.mark import Marks, live_bytes, mark_new
 from appliance.store.pack import Entry, label, pack_name
-from appliance.store.repository import DAMAGED, Repository, load_damaged
+from appliance.store.repository import Repository
 from appliance.store.writer import ChunkWriter
 
 __all__ = ["GcReport", "gc", "read_records"]
@@ -202,7 +203,7 @@ def read_records(repo: Repository, pack: bytes, wanted: Callable[[Entry], bool])
         try:
             packed = box.open(entry.offset, label(entry.kind, entry.id), sealed)
         except IntegrityError:
-            if (other := repo.packed_or_none(entry.kind, entry.id)) is None:
+            if (other := repo.reader.packed_or_none(entry.kind, entry.id)) is None:
                 continue
             packed = other
         yield entry, packed

@@ -19,10 +19,11 @@ from typing import Final
 from appliance.errors import IntegrityError, Locked, StoreError
 from appliance.model import MapRef
 from appliance.store import collection
+from appliance.store.damaged import load_damaged
 from appliance.store.gc import read_records
 from appliance.store.node import OFFSET_BITS, block_record, height
 from appliance.store.pack import BLOCK, CHUNK_RECORD, Entry, pack_name
-from appliance.store.repository import Repository, load_damaged
+from appliance.store.repository import Repository
 from appliance.units import KiB, MiB
 
 __all__ = ["MergeReport", "due", "merge", "tidy"]

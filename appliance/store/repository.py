@@ -15,103 +15,79 @@ FORMAT.md is normative. Everything but locks and gc's notes is immutable.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from appliance.errors import (
     AlreadyExists,
     IntegrityError,
     NoSuchPoint,
     ObjectNotFound,
-    RepositoryNotFound,
     StoreError,
     VersionUnsupported,
-    WrongKey,
 )
 from appliance.model import MapRef, Point, Timeline
-from appliance.store import blobs, collection, ledgers, manifest, parted, segments
-from appliance.store.ahead import Ahead
+from appliance.store import blobs, config, ledgers, manifest, parted, segments
 from appliance.store.backend.base import Backend
 from appliance.store.blobs import BlobRef
-from appliance.store.codec import Box, Codec, compress, decompress
+from appliance.store.codec import Codec
 from appliance.store.index import Index
 from appliance.store.key import Key
 from appliance.store.lock import Lock, Locks
-from appliance.store.map import Map, check_root, diff, new_nodes
+from appliance.store.map import Map, check_root, diff
 from appliance.store.mapbuild import build
-from appliance.store.node import BLOCK_SIZE, OFFSET_BITS, Blocks, block_record
-from appliance.store.pack import BLOCK, CHUNK_RECORD, Entry, label, pack_name
+from appliance.store.node import Blocks
+from appliance.store.pack import CHUNK_RECORD
+from appliance.store.reader import Reader
+from appliance.store.rescue import Rescue
 from appliance.store.segments import SegmentRef
+from appliance.store.session import Session
 from appliance.store.writer import ZERO, ChunkWriter
 from appliance.units import CHUNK
 
-__all__ = ["VERSION", "Repository"]
-
-VERSION: Final = 1
-CONFIG: Final = "config"
-DAMAGED: Final = "damaged/"
-_BOXES = 1024
+__all__ = ["Repository"]
 
 _log = logging.getLogger(__name__)
 
 
 class Repository:
-    """Thread-safe. `_lock` guards the writers, the session and its count, and the cache of boxes.
+    """Thread-safe. `_lock` guards the writers.
 
     A *session* is a shared lock, held while a writer is open, a point is being committed or a caller holds
     `lock("shared")`: gc deletes nothing that a session which began before may rely on.
     """
 
-    def __init__(self, backend: Backend, cache: Path, config: dict[str, Any], codec: Codec) -> None:
+    def __init__(self, backend: Backend, cache: Path, facts: dict[str, Any], codec: Codec) -> None:
         """Use `create` or `open`."""
-        self.id: str = config["id"]
-        self.encrypted: bool = config["encrypted"]
+        self.id: str = facts["id"]
+        self.encrypted: bool = facts["encrypted"]
         self.backend = backend
         self.codec = codec
         self.cache = cache / self.id
         self.index = Index(backend, codec, self.cache / "index")
-        self.blocks = Blocks(self.read_block)
-        self._ahead = Ahead(self.index.table)
+        self.reader = Reader(backend, codec, self.index, lambda: self._writers)
+        self.blocks = Blocks(self.reader.block)
         self.locks = Locks(backend, self.cache)
+        self._session = Session(backend, self.index, self.locks)
+        self._rescue = Rescue(codec, self.index, self.blocks, self.reader, lambda: self._writers, self.writer)
         self._lock = threading.Lock()
-        self._entering = threading.Lock()
         self._writers: tuple[ChunkWriter, ...] = ()
-        self._session: Lock | None = None
-        self._users = 0
-        self._boxes: dict[bytes, Box] = {}
         self._point_names: dict[str, str] = {}
-        self._swept = -1
 
     @classmethod
     def create(cls, backend: Backend, *, cache: Path, key: Key | None) -> Repository:
         """A new, empty one; without a key it is not encrypted. Raises AlreadyExists, and what the backend raises."""
-        identity = secrets.token_bytes(16)
-        codec = _codec(identity, key)
-        config = {
-            "rewind_repository": VERSION,
-            "id": identity.hex(),
-            "chunk": CHUNK,
-            "encrypted": key is not None,
-            "key_check": codec.key_check().hex(),
-        }
-        backend.put(CONFIG, json.dumps(config, indent=1).encode() + b"\n")
-        return cls(backend, cache, config, codec)
+        made, codec = config.create(backend, key)
+        return cls(backend, cache, made, codec)
 
     @classmethod
     def open(cls, backend: Backend, *, cache: Path, key: Key | None) -> Repository:
         """Raises RepositoryNotFound, WrongKey, VersionUnsupported, IntegrityError, and what the backend raises."""
-        config = _load_config(backend)
-        if config["encrypted"] and key is None:
-            raise WrongKey(url=backend.url, reason="the repository is encrypted and no key was given")
-        codec = _codec(bytes.fromhex(config["id"]), key if config["encrypted"] else None)
-        if codec.key_check().hex() != config["key_check"]:
-            raise WrongKey(url=backend.url, reason="the key is not this repository's")
-        return cls(backend, cache, config, codec)
+        found, codec = config.read(backend, key)
+        return cls(backend, cache, found, codec)
 
     @property
     def url(self) -> str:
@@ -136,7 +112,7 @@ class Repository:
         """The 64 KiB of that id (b"": zeroes). Raises IntegrityError when it is lost or damaged in every copy, and
         what the backend raises.
         """
-        return self._read(CHUNK_RECORD, chunk, CHUNK, "chunk") if chunk else ZERO
+        return self.reader.read(CHUNK_RECORD, chunk, CHUNK, "chunk") if chunk else ZERO
 
     def holds(self, chunk: bytes) -> bool:
         """Whether a chunk can be found, as far as this process knows: others' packs since its last look do not count.
@@ -146,12 +122,12 @@ class Repository:
 
     def writer(self) -> ChunkWriter:
         """A new way in. Raises Locked while somebody has the repository for himself, and what the backend raises."""
-        self._enter("capture")
+        self._session.enter("capture")
         try:
-            self._learn(always=True)
+            self._session.learn(always=True)
             writer = ChunkWriter(self.backend, self.codec, self.index, self._writer_closed)
         except BaseException:  # also Ctrl-C: a lock that nobody uses would keep gc away
-            self._leave()
+            self._session.leave()
             raise
         with self._lock:
             self._writers = (*self._writers, writer)
@@ -169,7 +145,7 @@ class Repository:
         beyond the end. Raises ValueError for changes that do not ascend or are beyond the end, IntegrityError for a
         chunk that is nowhere.
         """
-        return build(self.blocks, self.codec, writer, base, size, changes, lambda one: self._rely_on(one, writer))
+        return build(self.blocks, self.codec, writer, base, size, changes, lambda one: self._rescue.chunk(one, writer))
 
     def map(self, ref: MapRef) -> Map:
         """Raises IntegrityError when the root is not there."""
@@ -190,9 +166,9 @@ class Repository:
         """
         name = manifest.point_name(point.domain_uuid, point.id)
         with self.session("commit"):
-            self._learn()
+            self._session.learn()
             parent = self._parent_of(point)
-            self._secure(point, parent)
+            self._rescue.point(point, parent)
             try:
                 self.backend.put(name, manifest.encode_point(self.codec, point))
             except AlreadyExists:
@@ -257,6 +233,44 @@ class Repository:
     def _no_point(self, point: str) -> NoSuchPoint:
         """Whose it was is not known here; who knows says it."""
         return NoSuchPoint(domain=self.url, when=point, hint="`rewind status` tells which domains have points")
+
+    def _secure_or_withdraw(self, point: Point, name: str) -> None:
+        try:
+            self.index.refresh()
+            self._rescue.point(point, None)
+        except BaseException:  # also Ctrl-C: a point whose chunks are not sure to be there must not be listed
+            self.backend.delete(name)
+            raise
+
+    def _parent_of(self, point: Point) -> Point | None:
+        if point.parent is None:
+            return None
+        name = manifest.point_name(point.domain_uuid, point.parent)
+        try:
+            return self._load_point(name, changed=False)
+        except (ObjectNotFound, IntegrityError, VersionUnsupported):
+            return None
+
+    def _is_there(self, point: Point) -> bool:
+        try:
+            self.backend.stat(manifest.point_name(point.domain_uuid, point.id))
+        except ObjectNotFound:
+            return False
+        return True
+
+    def _load_point(self, name: str, changed: bool, size: int | None = None) -> Point:
+        if size is None:
+            size = self.backend.stat(name).size
+        needed = size if changed else min(size, manifest.HEAD_GUESS)
+        while True:
+            data = self.backend.get(name, 0, needed)
+            point, needed = manifest.decode_point(self.codec, name, data, size, changed)
+            if point is not None:
+                return point
+            if needed > size or len(data) >= needed:
+                raise IntegrityError(object=name, reason="it is cut short")
+
+    # Timelines
 
     def timelines(self, domain_uuid: str) -> list[Timeline]:
         """Oldest first. Raises IntegrityError."""
@@ -344,228 +358,13 @@ class Repository:
     @contextlib.contextmanager
     def session(self, purpose: str) -> Iterator[None]:
         """gc waits for us. Cheap when a session is open already."""
-        self._enter(purpose)
+        self._session.enter(purpose)
         try:
             yield
         finally:
-            self._leave()
-
-    def _enter(self, purpose: str) -> None:
-        with self._entering:
-            if self._session is None or not self._session.held():
-                lost, self._session = self._session, self.locks.acquire("shared", purpose)
-                if lost is not None:
-                    lost.release()
-                self._swept = -1
-            with self._lock:
-                self._users += 1
-
-    def _leave(self) -> None:
-        with self._entering:
-            with self._lock:
-                self._users -= 1
-                ended = None if self._users else self._session
-                if ended is not None:
-                    self._session = None
-            if ended is not None:
-                ended.release()
+            self._session.leave()
 
     def _writer_closed(self, writer: ChunkWriter) -> None:
         with self._lock:
             self._writers = tuple(one for one in self._writers if one is not writer)
-        self._leave()
-
-    def _learn(self, always: bool = False) -> None:
-        """What gc is about to drop; and, when it dropped something since we last looked, which packs are left."""
-        found = collection.load(self.backend)
-        session = self._session.id if self._session is not None else ""
-        # gc waits for a session that it has listed, or has yet to list; packs it condemned are safe for us then.
-        self.index.avoid(
-            pack for one in found if one.sessions is not None and session not in one.sessions for pack in one.packs
-        )
-        swept = max((one.number for one in found if one.sweeping), default=0)
-        if always or swept != self._swept:
-            self.index.damaged(load_damaged(self.backend))
-            self.index.refresh()
-            self._swept = swept
-
-    # Reading
-
-    def read_block(self, record: bytes) -> dict[bytes, bytes]:
-        """The block, and those behind it when the one before it was asked for last: walks go from block to block."""
-        if (found := self.index.find(record)) is not None:
-            # Whatever is wrong here, reading the block alone finds another copy or says what is wrong.
-            with contextlib.suppress(ObjectNotFound, IntegrityError, ValueError):
-                if entries := self._ahead.entries(*found):
-                    pack, start = found[0], entries[0].offset
-                    data = self.backend.get(pack_name(pack), start, entries[-1].offset + entries[-1].length - start)
-                    return {entry.id: self._opened(pack, entry, data, start) for entry in entries}
-        return {record: self._read(BLOCK, record, BLOCK_SIZE, "map block")}
-
-    def _opened(self, pack: bytes, entry: Entry, data: bytes, start: int) -> bytes:
-        sealed = data[entry.offset - start : entry.offset - start + entry.length]
-        return decompress(self._box(pack).open(entry.offset, label(entry.kind, entry.id), sealed), BLOCK_SIZE)
-
-    def _read(self, kind: int, record: bytes, limit: int, what: str) -> bytes:
-        """The plain record. A copy that cannot be read is no reason to fail while there is another."""
-        try:
-            packed = self._packed(kind, record)
-            return decompress(packed, limit)
-        except ValueError as error:
-            raise IntegrityError(object=f"{what} {record.hex()}", reason=str(error)) from error
-        except IntegrityError as error:
-            raise IntegrityError(object=f"{what} {record.hex()}", reason=error.fields["reason"]) from error
-
-    def _packed(self, kind: int, record: bytes) -> bytes:
-        reason = "no pack holds it"
-        for attempt in range(3):
-            for writer in self._writers:
-                if (pending := writer.read(record)) is not None:
-                    pack, offset, sealed = pending
-                    return self._box(pack).open(offset, label(kind, record), sealed)
-            for pack, offset, length in self.index.places(record):
-                try:
-                    sealed = self.backend.get(pack_name(pack), offset, length)
-                    return self._box(pack).open(offset, label(kind, record), sealed)
-                except ObjectNotFound:
-                    reason = f"{pack_name(pack)} is gone"
-                except IntegrityError as error:
-                    reason = f"in {pack_name(pack)} {error.fields['reason']}"
-            if attempt == 1 and not self.index.verify():
-                break
-            # Written by another process since, or moved by gc; then again if the index itself was damaged.
-            self.index.refresh()
-        raise IntegrityError(object="", reason=reason)
-
-    def packed_or_none(self, kind: int, record: bytes) -> bytes | None:
-        """The record as `codec.compress` made it, from whichever copy can be read."""
-        try:
-            return self._packed(kind, record)
-        except IntegrityError:
-            return None
-
-    def _box(self, pack: bytes) -> Box:
-        box = self._boxes.get(pack)
-        if box is None:
-            box = self.codec.box("pack", pack)
-            with self._lock:
-                if len(self._boxes) >= _BOXES:
-                    self._boxes.clear()
-                self._boxes[pack] = box
-        return box
-
-    # What a point relies on
-
-    def _rely_on(self, chunk: bytes, writer: ChunkWriter) -> None:
-        """That the chunk is stored and stays: one in a condemned pack is stored again. Raises IntegrityError."""
-        if not any(one.holds(chunk) for one in (writer, *self._writers)):
-            self._rescue(CHUNK_RECORD, chunk, writer)
-
-    def _rescue(self, kind: int, record: bytes, writer: ChunkWriter) -> None:
-        """Copy a record that is in condemned packs only. Raises IntegrityError when it is in no pack at all."""
-        what = "chunk" if kind == CHUNK_RECORD else "map block"
-        if self.index.find(record) is None:
-            self.index.refresh()
-            if self.index.find(record) is None and self.index.verify():
-                self.index.refresh()
-            if self.index.find(record) is None:
-                raise IntegrityError(object=f"{what} {record.hex()}", reason="no pack holds it")
-        if self.index.find(record, avoid=True) is None:
-            limit = CHUNK if kind == CHUNK_RECORD else BLOCK_SIZE
-            writer.add(kind, record, compress(self._read(kind, record, limit, what)))
-
-    def _secure(self, point: Point, parent: Point | None) -> None:
-        """Every new node and chunk is in a pack that stays. Raises IntegrityError."""
-        known = {disk.disk: disk.map for disk in parent.disks} if parent is not None else {}
-        with contextlib.ExitStack() as stack:
-            rescue: list[ChunkWriter] = []
-
-            def keep(kind: int, record: bytes) -> None:
-                if self.index.find(record, avoid=True) is None:
-                    if not rescue:
-                        rescue.append(stack.enter_context(self.writer()))
-                    self._rescue(kind, record, rescue[0])
-
-            for disk in point.disks:
-                check_root(disk.map, self.blocks, self.codec)
-                _visit(self.blocks, known.get(disk.disk), disk.map, keep)
-
-    def _secure_or_withdraw(self, point: Point, name: str) -> None:
-        try:
-            self.index.refresh()
-            self._secure(point, None)
-        except BaseException:  # also Ctrl-C: a point whose chunks are not sure to be there must not be listed
-            self.backend.delete(name)
-            raise
-
-    def _parent_of(self, point: Point) -> Point | None:
-        if point.parent is None:
-            return None
-        name = manifest.point_name(point.domain_uuid, point.parent)
-        try:
-            return self._load_point(name, changed=False)
-        except (ObjectNotFound, IntegrityError, VersionUnsupported):
-            return None
-
-    def _is_there(self, point: Point) -> bool:
-        try:
-            self.backend.stat(manifest.point_name(point.domain_uuid, point.id))
-        except ObjectNotFound:
-            return False
-        return True
-
-    def _load_point(self, name: str, changed: bool, size: int | None = None) -> Point:
-        if size is None:
-            size = self.backend.stat(name).size
-        needed = size if changed else min(size, manifest.HEAD_GUESS)
-        while True:
-            data = self.backend.get(name, 0, needed)
-            point, needed = manifest.decode_point(self.codec, name, data, size, changed)
-            if point is not None:
-                return point
-            if needed > size or len(data) >= needed:
-                raise IntegrityError(object=name, reason="it is cut short")
-
-
-def _visit(blocks: Blocks, known: MapRef | None, ref: MapRef, keep: Callable[[int, bytes], None]) -> None:
-    last = 0
-    for new in new_nodes(blocks, known, ref):
-        if (tag := new.place >> OFFSET_BITS) != last:
-            last = tag
-            keep(BLOCK, block_record(tag))
-        if not new.level:
-            for chunk in new.new_ids():
-                keep(CHUNK_RECORD, chunk)
-
-
-def load_damaged(backend: Backend) -> dict[bytes, frozenset[bytes]]:
-    """The records known to be damaged, by pack; none stands for the whole pack."""
-    found = {}
-    for info in backend.list(DAMAGED):
-        with contextlib.suppress(ObjectNotFound):
-            try:
-                values = json.loads(backend.get(info.name))
-                found[bytes.fromhex(values["pack"])] = frozenset(bytes.fromhex(one) for one in values["records"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise IntegrityError(object=info.name, reason="it cannot be read") from error
-    return found
-
-
-def _codec(identity: bytes, key: Key | None) -> Codec:
-    return Codec((key.secret if key is not None else b"not encrypted") + identity, encrypted=key is not None)
-
-
-def _load_config(backend: Backend) -> dict[str, Any]:
-    try:
-        config = json.loads(backend.get(CONFIG))
-        version = config["rewind_repository"]
-        if version != VERSION:
-            raise VersionUnsupported(object=f"repository {backend.url}", version=version, supported=VERSION)
-        bytes.fromhex(config["id"] + config["key_check"])
-        if config["chunk"] != CHUNK or not isinstance(config["encrypted"], bool):
-            raise ValueError("values out of range")
-    except ObjectNotFound:
-        raise RepositoryNotFound(url=backend.url) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(object=f"{backend.url}/{CONFIG}", reason=f"it cannot be read: {error}") from error
-    return dict(config)
+        self._session.leave()

@@ -21,6 +21,8 @@ from appliance.store import (
     Key,
     Repository,
     collection,
+    config,
+    damaged,
     lock,
     manifest,
     node,
@@ -241,14 +243,14 @@ def test_a_reader_of_segments_made_from_format_md_alone(shipped):
 
 def test_format_md_names_the_versions_and_objects_of_the_code():
     page = (Path(repository.__file__).parent / "FORMAT.md").read_text()
-    assert re.search(rf"^# The format of a repository, version {repository.VERSION}$", page, re.MULTILINE)
+    assert re.search(rf"^# The format of a repository, version {config.VERSION}$", page, re.MULTILINE)
     for prefix in (
         pack.PREFIX,
         manifest.POINTS,
         manifest.TIMELINES,
         lock.PREFIX,
         collection.PREFIX,
-        repository.DAMAGED,
+        damaged.DAMAGED,
         segments.PREFIX,
         manifest.LEDGERS,
     ):

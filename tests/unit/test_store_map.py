@@ -120,7 +120,7 @@ def test_ranges_of_items(repo, writer, ids):
 
 def test_a_small_change_of_a_large_disk_costs_little(repo, writer, monkeypatch):
     """P5-13: ten scattered chunks of a TiB cost about 18 KB of map, and a diff reads only what differs."""
-    monkeypatch.setattr(repo, "_rely_on", lambda one, writer: None)  # ids of chunks that are nowhere
+    monkeypatch.setattr(repo._rescue, "chunk", lambda one, writer: None)  # ids of chunks that are nowhere
     chance = random.Random(2)
     count = TiB // CHUNK
     base = repo.write_map(None, TiB, [(i, chance.randbytes(16)) for i in range(0, count, 256)], writer)
@@ -133,7 +133,7 @@ def test_a_small_change_of_a_large_disk_costs_little(repo, writer, monkeypatch):
 
 def test_a_sparse_disk_of_8_tib_in_little_memory(repo, writer, monkeypatch):
     """P5-13: memory is bounded by what is there, not by the size of the disk."""
-    monkeypatch.setattr(repo, "_rely_on", lambda one, writer: None)
+    monkeypatch.setattr(repo._rescue, "chunk", lambda one, writer: None)
     chance = random.Random(3)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     changes = ((i * 4096, chance.randbytes(16)) for i in range(8 * TiB // CHUNK // 4096))
