@@ -1,6 +1,6 @@
 """The chains of a revert, overlay → patch → disk, as its intent has them: where their files are, and an empty overlay.
 
-What is done with them in a block graph is hypervisor/graph/revert.py.
+What they are in a block graph is hypervisor/graph/chain.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from appliance.config import Home, Settings
 from appliance.hypervisor.base import offline_node
-from appliance.hypervisor.graph.revert import Chain
+from appliance.hypervisor.graph.chain import Chain
 from appliance.restore import keeper
 from appliance.restore.intent import DiskIntent, Intent
 

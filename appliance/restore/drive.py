@@ -21,8 +21,8 @@ from appliance.capture import protection
 from appliance.config import DEFAULT_SETTINGS, Home, Settings
 from appliance.errors import DomainBusy, DomainLost, NotRecoverable, RestoreError
 from appliance.hypervisor.base import Disk, Domain, DomainState, Monitor
-from appliance.hypervisor.graph import revert as graph
-from appliance.hypervisor.graph.revert import Chain, Place
+from appliance.hypervisor.graph import retrieval, switching
+from appliance.hypervisor.graph.chain import Chain, Place, place
 from appliance.restore import branch, fence, keeper, sidecar
 from appliance.restore import intent as intents
 from appliance.restore.chain import chains_of, make_overlay
@@ -80,7 +80,7 @@ class Driver:
         try:
             if self._domain.state() is not DomainState.SHUTOFF:
                 monitor = self._domain.monitor()
-                graph.unswitch(monitor, self._chains(offline=False))
+                switching.unswitch(monitor, self._chains(offline=False))
                 self._go_on(monitor)
         except DomainLost:
             # While its QEMU is there the guest may be stopped, or on our chain: the intent has to stay.
@@ -155,7 +155,7 @@ class Driver:
         self._course.save(Phase.PIVOTING, go_on=running or self.intent.extra.get("go_on", False))
         if running:
             monitor.execute("stop")
-        graph.complete(monitor, chains)
+        retrieval.complete(monitor, chains)
         self._course.save(Phase.PIVOTED)
 
     def _branch(self) -> None:
@@ -166,11 +166,11 @@ class Driver:
 
     def _still_ours(self, monitor: Monitor, chains: Sequence[Chain]) -> bool:
         """Whether the devices are on our chains; after a pivot that was not yet on record it is put there."""
-        places = {graph.place(monitor, chain) for chain in chains}
+        places = {place(monitor, chain) for chain in chains}
         if Place.OWN not in places:
             return True
         if self.intent.phase is Phase.PIVOTING and self._same_qemu():
-            graph.complete(monitor, chains)
+            retrieval.complete(monitor, chains)
             self._course.save(Phase.PIVOTED)
             return False
         raise RestoreError(
@@ -228,12 +228,12 @@ class Driver:
         `closed` has to be called then."""
         chains = self._chains(offline=True)
         for chain in chains:
-            graph.add_nodes(monitor, chain)
+            switching.add_nodes(monitor, chain)
         self._retrieval.hydrate(monitor, chains)
         if self.intent.phase in (Phase.SWITCHED, Phase.ROLLING_BACK):
             self._course.save(Phase.MERGING)
-        graph.wait_ready(monitor, chains, 0, self._retrieval.told("merging"))
-        graph.complete(monitor, chains)
+        retrieval.wait_ready(monitor, chains, 0, self._retrieval.told("merging"))
+        retrieval.complete(monitor, chains)
 
     def closed(self) -> None:
         """The storage daemon has ended: only now all of it is on disk."""
@@ -252,14 +252,14 @@ class Driver:
         self._course.save(Phase.ROLLING_BACK, go_on=status["running"] or self.intent.extra.get("go_on", False))
         if status["running"]:
             monitor.execute("stop")
-        graph.cancel(monitor, chains)
+        retrieval.cancel(monitor, chains)
         for chain, disk in zip(chains, self.intent.disks, strict=True):
-            graph.enter_hole(monitor, chain, disk.size)
+            switching.enter_hole(monitor, chain, disk.size)
         self._begin_anew()
         for chain in chains:
-            graph.add_nodes(monitor, chain)
-            graph.leave_hole(monitor, chain, chain.o)
-        graph.power_cycle(monitor)
+            switching.add_nodes(monitor, chain)
+            switching.leave_hole(monitor, chain, chain.o)
+        switching.power_cycle(monitor)
         branch.back(self._home, self.intent)
         self._course.save(Phase.ROLLING_BACK, turned=True)
 

@@ -11,9 +11,8 @@ from appliance.config import DEFAULT_SETTINGS, Home, Settings
 from appliance.errors import DomainNotFound, NothingToResume, RestoreError
 from appliance.hypervisor import connect, hostlock, storage_daemon
 from appliance.hypervisor.base import Disk, Domain, DomainState, Hypervisor, Monitor
-from appliance.hypervisor.graph import base
-from appliance.hypervisor.graph import revert as graph
-from appliance.hypervisor.graph.revert import Place
+from appliance.hypervisor.graph import base, switching
+from appliance.hypervisor.graph.chain import Place, place
 from appliance.restore import intent as intents
 from appliance.restore.chain import chains_of
 from appliance.restore.drive import Driver
@@ -90,7 +89,7 @@ def _drive(driver: Driver, home: Home, settings: Settings, domain: Domain, roll_
         monitor = domain.monitor()
         if monitor.execute("query-status")["running"]:
             raise RestoreError(reason=f"{intent.domain!r} was resumed by somebody in the middle of the switch")
-        graph.power_cycle(monitor)
+        switching.power_cycle(monitor)
         driver.switched(monitor)
     if roll_back and not driver.intent.rolling_back:
         driver.roll_back()
@@ -103,7 +102,7 @@ def _all_switched(home: Home, settings: Settings, domain: Domain, intent: Intent
         return False
     monitor = domain.monitor()
     chains = chains_of(home, settings, intent, offline=False)
-    return all(graph.place(monitor, chain) is Place.SWITCHED for chain in chains)
+    return all(place(monitor, chain) is Place.SWITCHED for chain in chains)
 
 
 def _clean_epoch(domain: Domain, intent: Intent) -> None:

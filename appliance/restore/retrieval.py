@@ -18,9 +18,10 @@ from appliance.config import Home, Settings
 from appliance.errors import NotRecoverable
 from appliance.hypervisor.base import Monitor
 from appliance.hypervisor.graph import dataplane
-from appliance.hypervisor.graph import revert as graph
+from appliance.hypervisor.graph import retrieval as graph
+from appliance.hypervisor.graph.chain import Chain
 from appliance.hypervisor.graph.dataplane import NotDriven
-from appliance.hypervisor.graph.revert import Chain, ViewLost
+from appliance.hypervisor.graph.retrieval import ViewLost
 from appliance.restore import keeper
 from appliance.restore.intent import Course, Intent
 

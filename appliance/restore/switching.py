@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from appliance.capture import epoch
 from appliance.hypervisor.base import Disk, Monitor
 from appliance.hypervisor.graph import base, tap
-from appliance.hypervisor.graph import revert as graph
+from appliance.hypervisor.graph import switching as graph
 from appliance.model import Point, Timeline
 from appliance.restore import fence, keeper, sidecar
 from appliance.restore import intent as intents

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from appliance.hypervisor.graph import revert as graph
-from appliance.hypervisor.graph.revert import Chain, Place
+from appliance.hypervisor.graph import retrieval, switching
+from appliance.hypervisor.graph.chain import Chain, Place, place
 from appliance.restore.patch import write_patch
 from appliance.units import CHUNK, MiB
 from tests.support.bare import Machine
@@ -151,18 +151,18 @@ def bench(tmp_path):
 def switch(bench):
     """As a revert does it; the seconds of the pause."""
     begun = time.monotonic()
-    with graph.stopped(bench.monitor):
-        graph.switch(bench.monitor, bench.chains)
-        graph.power_cycle(bench.monitor)
+    with switching.stopped(bench.monitor):
+        switching.switch(bench.monitor, bench.chains)
+        switching.power_cycle(bench.monitor)
     return time.monotonic() - begun
 
 
 def finish(bench, speed=0):
     for chain in bench.chains:
-        graph.hydrate(bench.monitor, chain, speed)
-    graph.wait_ready(bench.monitor, bench.chains)
-    with graph.stopped(bench.monitor):
-        graph.complete(bench.monitor, bench.chains)
+        retrieval.hydrate(bench.monitor, chain, speed)
+    retrieval.wait_ready(bench.monitor, bench.chains)
+    with switching.stopped(bench.monitor):
+        retrieval.complete(bench.monitor, bench.chains)
 
 
 def ours(monitor):
@@ -180,10 +180,10 @@ def test_instant(bench, iothread, targets, kind):
     if iothread:
         time.sleep(4)
     pause = switch(b)
-    assert [graph.place(b.monitor, chain) for chain in b.chains] == [Place.SWITCHED] * len(targets)
+    assert [place(b.monitor, chain) for chain in b.chains] == [Place.SWITCHED] * len(targets)
     rand = random.Random(3)
     # Stopped, for the monitor's own I/O on a disk with an active iothread can trip an assertion of QEMU 7.2.
-    with graph.stopped(b.monitor):
+    with switching.stopped(b.monitor):
         for name in targets:
             for _ in range(15):
                 offset = rand.randrange(SIZE // 512 - 200) * 512
@@ -209,11 +209,11 @@ def test_only_what_differs_moves(tmp_path):
     machine = Machine(tmp_path, {"vda": disk.socket}).start()
     chain = Chain("vda", "VDA", machine.device("vda"), "disk", tmp_path / "P", tmp_path / "O", view.socket, "", 30)
     try:
-        with graph.stopped(machine.monitor):
-            graph.switch(machine.monitor, [chain])
-            graph.hydrate(machine.monitor, chain)
-            graph.wait_ready(machine.monitor, [chain])
-            graph.complete(machine.monitor, [chain])
+        with switching.stopped(machine.monitor):
+            switching.switch(machine.monitor, [chain])
+            retrieval.hydrate(machine.monitor, chain)
+            retrieval.wait_ready(machine.monitor, [chain])
+            retrieval.complete(machine.monitor, [chain])
         machine.quit()
     finally:
         machine.kill()
@@ -231,8 +231,8 @@ def test_an_error_before_the_guest_goes_on(bench):
     """Do no harm: when the second disk cannot be switched, both are on their own nodes again."""
     b = bench(targets=("vda", "vdb"))
     b.chains[1].overlay.unlink()
-    with pytest.raises(OSError, match="No such file"), graph.stopped(b.monitor):
-        graph.switch(b.monitor, b.chains)
+    with pytest.raises(OSError, match="No such file"), switching.stopped(b.monitor):
+        switching.switch(b.monitor, b.chains)
     assert ours(b.monitor) == []
     b.machine.write("vda", b.now["vda"], 0, 4096, 7)
     b.machine.quit()

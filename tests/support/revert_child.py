@@ -15,7 +15,7 @@ from pathlib import Path
 from appliance.capture import epoch
 from appliance.config import DEFAULT_SETTINGS, Home, load_settings
 from appliance.hypervisor import connect
-from appliance.hypervisor.graph import revert as graph
+from appliance.hypervisor.graph import retrieval, switching
 from appliance.restore import intent as intents
 from appliance.restore import keeper
 from appliance.restore.revert import Reverter
@@ -34,6 +34,7 @@ def arm(order, home, uuid):
                 os.kill(int(pids[victim].partition(":")[0]), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    graph = switching if hasattr(switching, name) else retrieval
     owner, attribute = {"save": (intents, "save"), "after": (graph, name)}[kind]
     if name == "take":
         owner, attribute = epoch.Increment, "take"

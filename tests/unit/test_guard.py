@@ -6,7 +6,7 @@ import pytest
 
 from appliance.errors import LeftPaused
 from appliance.hypervisor import guard as guards
-from appliance.hypervisor.graph import base, revert
+from appliance.hypervisor.graph import base, switching
 
 
 class Quiet(guards.Guard):
@@ -88,6 +88,6 @@ def test_goes_on_after_an_error_on_its_own_node():
 def test_a_hold_is_on_record_before_the_guest_stops_and_until_it_goes_on():
     """P5-36: whoever finds the driver of a revert dead in such a moment knows that it was not the admin."""
     monitor = Monitor("D")
-    with revert.stopped(monitor, lambda stopped: monitor.log.append(str(stopped))):
+    with switching.stopped(monitor, lambda stopped: monitor.log.append(str(stopped))):
         pass
     assert monitor.log == ["query-status", "True", "stop", "cont", "False"]
