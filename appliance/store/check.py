@@ -2,7 +2,7 @@
 
     1 every pack's table is read anew (the index is a cache, so it is no witness); with `read_data` every record too
     2 every point's object is opened, with its lists
-    3 every map is walked: each node must hash to its id, each chunk must be in a pack found good in 1
+    3 every map is walked (walk.py): each node must hash to its id, each chunk must be in a pack found good in 1
     4 the tables of every segment of a journal and of every blob are opened, with `read_data` all of it
 
 Nothing is changed, unless `repair` is given: then what is damaged is written down in the repository, so that nobody
@@ -12,11 +12,11 @@ points whole.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,11 +24,12 @@ from appliance.errors import AlreadyExists, IntegrityError, NoSuchPoint, ObjectN
 from appliance.model import Point
 from appliance.store import ledgers, manifest, parted
 from appliance.store.codec import Box, decompress
-from appliance.store.damaged import DAMAGED, load_damaged
-from appliance.store.node import BLOCK_SIZE, NODE_VERSION, OFFSET_BITS, Blocks, Node, block_record, height
+from appliance.store.damaged import forget_damaged, load_damaged, put_damaged
+from appliance.store.node import BLOCK_SIZE
 from appliance.store.pack import CHUNK_RECORD, Entry, label, pack_name, verify_pack
 from appliance.store.repository import Repository
 from appliance.store.run import TAG, Run
+from appliance.store.walk import Bad, walk
 from appliance.units import CHUNK
 
 __all__ = ["Problem", "Report", "check"]
@@ -37,9 +38,6 @@ __all__ = ["Problem", "Report", "check"]
 # other: a whole one is in memory.
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _PART: Final = 32
-# Nodes remembered as good: beyond this all are forgotten and looked at again, which costs time and bounds memory.
-_REMEMBERED: Final = 2_000_000
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -75,14 +73,6 @@ class Report:
         return tuple(sorted({point for problem in self.problems for point in problem.points}))
 
 
-@dataclass(frozen=True, slots=True)
-class _Bad:
-    """Something a point needs that is not there: a chunk, a block, or a node that is not what its parent says."""
-
-    kind: str
-    record: bytes
-
-
 def check(repo: Repository, read_data: bool = False, progress: Progress | None = None, repair: bool = False) -> Report:
     """Raises what the backend raises. Safe beside captures, gc and merge."""
     step = progress or (lambda what, done, total: None)
@@ -96,11 +86,11 @@ def check(repo: Repository, read_data: bool = False, progress: Progress | None =
         report.packs = len(repo.index.packs)
         points, damaged = _points(repo)
         report.points = len(points) + len(damaged)
-        bad = _walk(repo, points, step)
+        bad = walk(repo, points, step)
         if bad:
             # A gc or a merge may have moved things while we looked.
             repo.index.refresh()
-            bad = _walk(repo, points, step)
+            bad = walk(repo, points, step)
         report.problems = [*packs.problems(bad, old), *damaged, *_timelines(repo), *_ledgers(repo)]
         report.problems += _segments(repo, read_data, report, step)
         report.problems += _blobs(repo, read_data, report)
@@ -162,9 +152,9 @@ class _Packs:
                 found[pack] = found.get(pack, frozenset()) | bad.keys()
         return found
 
-    def problems(self, bad: dict[_Bad, set[str]], old: list[Run]) -> Iterator[Problem]:
+    def problems(self, bad: dict[Bad, set[str]], old: list[Run]) -> Iterator[Problem]:
         """One for each pack, one for each thing that is missing and was in no pack we know."""
-        lost: dict[bytes, dict[_Bad, set[str]]] = defaultdict(dict)
+        lost: dict[bytes, dict[Bad, set[str]]] = defaultdict(dict)
         for one, points in bad.items():
             if one.kind != "damaged-node" and (pack := self._origin(one.record, old)) is not None:
                 lost[pack][one] = points
@@ -207,14 +197,10 @@ class _Packs:
         """Markers are immutable: a pack with one of an earlier check, and more damage since, gets it anew."""
         for pack, records in self.marked().items():
             if pack in self._repo.index.packs and self._known.get(pack) != records:
-                name = DAMAGED + pack.hex()
-                values = {"format": 1, "pack": pack.hex(), "records": sorted(one.hex() for one in records)}
                 if pack in self._known:
-                    self._repo.backend.delete(name)
-                try:
-                    self._repo.backend.put(name, json.dumps(values).encode())
-                except AlreadyExists:
-                    continue  # another check at the same time
+                    forget_damaged(self._repo.backend, pack)
+                with suppress(AlreadyExists):  # another check at the same time
+                    put_damaged(self._repo.backend, pack, records)
 
 
 def _wrong_ones(repo: Repository, box: Box, entries: list[Entry], data: memoryview) -> dict[bytes, str]:
@@ -299,63 +285,3 @@ def _blobs(repo: Repository, read_data: bool, report: Report) -> Iterator[Proble
         except (IntegrityError, VersionUnsupported) as error:
             if ref in repo.blobs(ref.kind):
                 yield Problem("damaged-blob", ref.object, f"{error.fields['object']}: {_reason(error)}")
-
-
-def _walk(repo: Repository, points: list[Point], step: Progress) -> dict[_Bad, set[str]]:
-    """What is missing, and for which points."""
-    walker = _Walker(repo)
-    found: dict[_Bad, set[str]] = defaultdict(set)
-    for done, point in enumerate(points):
-        for disk in point.disks:
-            if disk.map.root:
-                for one in walker.visit(height(disk.map.size) - 1, disk.map.root, disk.map.place):
-                    found[one].add(point.id)
-        step("walk", done + 1, len(points))
-    return found
-
-
-class _Walker:
-    """Walks maps with a cache of its own, so that what was read before the damage does not hide it. What is below a
-    node is looked at once: by place, because another copy of an equal node may be the one that is damaged.
-    """
-
-    def __init__(self, repo: Repository) -> None:
-        self._codec = repo.codec
-        self._index = repo.index
-        self._blocks = Blocks(repo.reader.block)
-        self._good: set[int] = set()
-        self._bad: dict[int, frozenset[_Bad]] = {}
-
-    def visit(self, level: int, node_id: bytes, place: int) -> frozenset[_Bad]:
-        if place in self._good:
-            return frozenset()
-        if place in self._bad:
-            return self._bad[place]
-        found = self._below(level, node_id, place)
-        if found:
-            self._bad[place] = found
-        elif level:
-            self._good.add(place)
-            if len(self._good) > _REMEMBERED:
-                self._good.clear()
-        return found
-
-    def _below(self, level: int, node_id: bytes, place: int) -> frozenset[_Bad]:
-        record = block_record(place >> OFFSET_BITS)
-        if self._index.find(record) is None:
-            return frozenset([_Bad("missing-block", record)])
-        try:
-            node = self._blocks.node(place, level)
-        except IntegrityError:
-            return frozenset([_Bad("missing-block", record)])
-        if self._codec.node_id(_hashed(level, node)) != node_id:
-            return frozenset([_Bad("damaged-node", node_id)])
-        ids = [node.ids[start : start + 16] for start in range(0, len(node.ids), 16)]
-        if not level:
-            return frozenset(_Bad("missing-chunk", one) for one in ids if self._index.find(one) is None)
-        below = (self.visit(level - 1, one, at) for one, at in zip(ids, node.places, strict=True))
-        return frozenset().union(*below)
-
-
-def _hashed(level: int, node: Node) -> bytes:
-    return bytes((level, NODE_VERSION, node.present & 255, node.present >> 8)) + node.ids

@@ -17,7 +17,7 @@ from typing import Final
 from appliance.errors import IntegrityError, ObjectNotFound, VersionUnsupported
 from appliance.store import collection
 from appliance.store.collection import Collection
-from appliance.store.damaged import DAMAGED, load_damaged
+from appliance.store.damaged import forget_damaged, load_damaged
 from appliance.store.mark import Marks, live_bytes, mark_new
 from appliance.store.pack import Entry, label, pack_name
 from appliance.store.repository import Repository
@@ -82,7 +82,7 @@ def gc(
         for one in pending:
             _sweep(repo, marks, one, report, live_ratio)
         for pack in load_damaged(repo.backend).keys() - repo.index.packs.keys():
-            repo.backend.delete(DAMAGED + pack.hex())
+            forget_damaged(repo.backend, pack)
     return report
 
 
