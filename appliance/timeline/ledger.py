@@ -1,8 +1,7 @@
 """The ledger of a domain's continuous capture: when it ran, where points stand in it, what happened to it.
 
     HOME/ledger/UUID.jsonl   a JSON object with a checksum on each line, appended and synced
-    HOME/ledger/UUID.at      the place that was last confirmed: two slots of 512 bytes, written in turn, each with a
-                             number that counts up and a checksum, so that one of them is always whole
+    HOME/ledger/UUID.at      the place that was last confirmed: see place.py
 
 Once a second a place is confirmed; that must not make the file longer, so only the last one is kept, beside it, and
 goes into the file when the span ends or the next one begins. A last line that was torn by a crash was never promised
@@ -16,16 +15,15 @@ import fcntl
 import json
 import os
 import secrets
-import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from appliance.errors import JournalError, NoSpace, PermissionDenied
 from appliance.timeline.catalogue import Gap
+from appliance.timeline.place import EPOCH, Place, PlaceFile, checksum
 from appliance.timeline.spans import (
     Base,
     Branch,
@@ -41,24 +39,9 @@ from appliance.timeline.spans import (
 
 __all__ = ["Base", "Branch", "CapturedSpan", "Event", "Gap", "Ledger", "Line", "state_at"]
 
-_SLOT: Final = struct.Struct("<4sIQ8sQqqQ")
-_SLOT_SIZE, _MAGIC = 512, b"RWAT"
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LONGEST: Final = 1024
 _Row: TypeAlias = tuple[str, datetime, dict[str, Any]]
 _FIELDS: Final = ("number", "upto", "span", "journal", "sequence", "reason", "point", "timeline", "kind", "detail")
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """What a slot holds: `time` is when the span was last seen to run, `latest` the latest that the clock showed."""
-
-    count: int
-    span: str
-    sequence: int
-    time: datetime
-    latest: datetime
-    upto: int
 
 
 class Ledger:
@@ -70,8 +53,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._side = path.with_suffix(".at")
-        self._count = 0
+        self._side = PlaceFile(path.with_suffix(".at"))
         # What was read before, by the file's inode and how far: it only grows.
         self._read: tuple[int, int, list[Line]] = (0, 0, [])
 
@@ -96,7 +78,7 @@ class Ledger:
                 raise JournalError(reason=f"{self.path} has no open span of journal {journal}")
             place = self._place_of(span.span)
             latest = max(time, place.latest) if place else time
-            self._write_place(_Place(self._count + 1, span.span, sequence, time, latest, _number(known)))
+            self._side.write(span.span, sequence, time, latest, _number(known))
 
     def ended(self, journal: str, sequence: int | None, time: datetime | None, reason: str) -> None:
         """The span ends at that place, which was seen; with None where it was last confirmed. A gap begins.
@@ -212,7 +194,7 @@ class Ledger:
 
     def _lines(self, file: int) -> list[Line]:
         """The place is read first: lines that come meanwhile may follow it, it must not come after them."""
-        place = self._place()
+        place = self._side.read()
         inode, done, known = self._read
         if inode != os.fstat(file).st_ino:
             done, known = 0, []
@@ -273,37 +255,11 @@ class Ledger:
         os.replace(temporary, self.path)
         _sync_folder(self.path.parent)
 
-    def _place(self) -> _Place | None:
-        """The newest whole slot."""
-        try:
-            data = self._side.read_bytes()
-        except FileNotFoundError:
-            return None
-        slots = [one for at in (0, _SLOT_SIZE) if (one := _slot(data[at : at + _SLOT.size])) is not None]
-        newest = max(slots, key=lambda one: one.count, default=None)
-        self._count = newest.count if newest else 0
-        return newest
-
-    def _place_of(self, span: str) -> _Place | None:
-        place = self._place()
+    def _place_of(self, span: str) -> Place | None:
+        place = self._side.read()
         return place if place and place.span == span else None
 
-    def _write_place(self, place: _Place) -> None:
-        """Into the slot that does not hold the newest one. Its size does not change, so that a sync is one write."""
-        file = os.open(self._side, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            slot = _packed(place, _crc(_packed(place, 0)))
-            os.pwrite(file, slot.ljust(_SLOT_SIZE, b"\0"), place.count % 2 * _SLOT_SIZE)
-            os.fdatasync(file)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace(url=str(self.path.parent), name=self._side.name) from error
-            raise
-        finally:
-            os.close(file)
-
-
-def _confirmed(place: _Place | None) -> list[Line]:
+def _confirmed(place: Place | None) -> list[Line]:
     """What a place says as lines: the latest time that the clock showed, then the one it showed last."""
     times = sorted({place.latest, place.time}, reverse=True) if place else []
     return [Line("confirmed", one, 0, place.upto, place.span, sequence=place.sequence) for one in times if place]
@@ -312,32 +268,6 @@ def _confirmed(place: _Place | None) -> list[Line]:
 def _number(lines: Sequence[Line]) -> int:
     """That of the last line that is in the file."""
     return next((one.number for one in reversed(lines) if one.number), 0)
-
-
-def _packed(place: _Place, crc: int) -> bytes:
-    micros = [(time - _EPOCH) // timedelta(microseconds=1) for time in (place.time, place.latest)]
-    return _SLOT.pack(_MAGIC, crc, place.count, bytes.fromhex(place.span), place.sequence, *micros, place.upto)
-
-
-def _slot(data: bytes) -> _Place | None:
-    if len(data) < _SLOT.size:
-        return None
-    magic, crc, count, span, sequence, time, latest, upto = _SLOT.unpack(data)
-    place = _Place(count, span.hex(), sequence, _moment(time), _moment(latest), upto)
-    return place if magic == _MAGIC and crc == _crc(_packed(place, 0)) else None
-
-
-def _crc(data: bytes) -> int:
-    # Here: the package reads its own metadata when it is imported, a tenth of the time in which a verb begins, and most
-    # homes have no ledger.
-    from crc32c import crc32c
-
-    return crc32c(data)
-
-
-def _moment(micros: int) -> datetime:
-    """Of a slot; one that is damaged may hold any number."""
-    return _EPOCH + timedelta(microseconds=min(max(micros, -(1 << 55)), 1 << 55))
 
 
 def _text(what: str, time: datetime, number: int, fields: Mapping[str, Any]) -> bytes:
@@ -349,7 +279,7 @@ def _text(what: str, time: datetime, number: int, fields: Mapping[str, Any]) -> 
         "time": time.astimezone(UTC).isoformat(),
         **{k: v for k, v in cut.items() if v != ""},
     }
-    return json.dumps(body | {"crc": _crc(_canonical(body))}, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(body | {"crc": checksum(_canonical(body))}, separators=(",", ":")).encode() + b"\n"
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:
@@ -360,12 +290,12 @@ def _parsed(row: bytes) -> Line:
     """A whole line. One that is damaged has no kind: whoever reads it must assume the worst."""
     try:
         body = json.loads(row)
-        if body.pop("crc") != _crc(_canonical(body)):
-            return Line("", _EPOCH)
+        if body.pop("crc") != checksum(_canonical(body)):
+            return Line("", EPOCH)
         fields = {name: body[name] for name in _FIELDS if name in body}
         return Line(str(body["what"]), datetime.fromisoformat(body["time"]), **fields)
     except (ValueError, TypeError, KeyError, AttributeError):
-        return Line("", _EPOCH)
+        return Line("", EPOCH)
 
 
 def _whole(file: int, start: int = 0) -> bytes:
