@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from appliance.cli.verbs import verification
+from appliance.cli.verbs.image import verification
 from appliance.config import Home
 from appliance.errors import NoSpace, NotSupported, ObjectNotFound, TargetExists
 from appliance.service.image import evidence, verifying
