@@ -15,7 +15,8 @@ import pytest
 
 from appliance.errors import ImageError
 from appliance.restore import rehearsal
-from appliance.restore.rehearsal import Layer, Stage, guest_user, rehearse
+from appliance.restore.rehearsal import rehearse
+from appliance.restore.stage import Layer, Stage, guest_user
 from images.build import build_image
 from images.model import Firmware
 from images.verify.judge import Waiting

@@ -22,7 +22,8 @@ from typing import Any
 from appliance.errors import BadInventory, Interrupted, NoSpace, ToolFailed
 from appliance.model import DiskPoint, Point
 from appliance.restore.export import ViewServer
-from appliance.restore.rehearsal import Layer, Outcome, Stage, guest_user, rehearse
+from appliance.restore.rehearsal import Outcome, rehearse
+from appliance.restore.stage import Layer, Stage, guest_user
 from appliance.service.elsewhere import choose
 from appliance.service.image import drivers, evidence, making, targets
 from appliance.service.instant import resolve
