@@ -882,6 +882,9 @@ static void press(int fd)
         stop_writers();
         sync();
         umount("/data");
+        /* Nobody can ask any more. */
+        fprintf(stderr, "rw: off, %llu errors, longest write %llu us\n", (unsigned long long)errors,
+            (unsigned long long)longest_us);
         reboot(RB_POWER_OFF);
     }
 }

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -69,10 +70,18 @@ class Scene:
         return True
 
     def journal_stopped_and_asked_to_shut_down(self):
-        """The guest has nobody in it who listens to the power button, so it goes on."""
+        """What it has still to write waits for the journal, and it ends; it tells of its writes with its last word."""
         os.kill(self.tapped.server, signal.SIGSTOP)
         libvirt.virsh("shutdown", self.guest.name, "--mode", "acpi")
+        self.tapped.until(self._off, "it does not shut down", 20)
+        errors, longest = map(int, re.findall(r"rw: off, (\d+) errors, longest write (\d+) us", self.guest.console)[-1])
+        self._judge("journal_stopped_and_asked_to_shut_down", errors, longest)
+        self._lost()
+        self.guest.boot()
         return True
+
+    def _off(self):
+        return libvirt.virsh("domstate", self.guest.name).stdout.strip() == "shut off"
 
     def tap_process_killed(self):
         os.kill(int(self.tapped.running.process.partition(":")[0]), signal.SIGKILL)
@@ -244,13 +253,16 @@ class Scene:
 
     def _look(self, name=""):
         stats = self._ask("stats")
-        assert stats["errors"] == 0, (name, stats)
-        allowed = _STALL_US + 2e6 * self.host.worst()
-        assert max(stats["longest_us"], stats["under_way_us"]) < allowed, (name, stats, allowed)
+        self._judge(name, stats["errors"], max(stats["longest_us"], stats["under_way_us"]))
         if name:
             self.stalls.setdefault(name, []).append(stats["longest_us"])
         if not stats["running"]:
             self.guest.ask("start 60")
+
+    def _judge(self, name, errors, longest_us):
+        assert errors == 0, (name, errors)
+        allowed = _STALL_US + 2e6 * self.host.worst()
+        assert longest_us < allowed, (name, longest_us, allowed)
 
     def _told(self, before, lossy):
         spans = self.tapped.spans()
