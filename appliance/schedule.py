@@ -33,7 +33,8 @@ def next_time(task: Task, now: float) -> float:
     """When the task is to run next; in the past means it is late."""
     if task.failures and task.tried is not None and task.tried <= now:
         first = min(task.every / 2, _FIRST_BACKOFF)
-        return task.tried + min(first * 2.0 ** (task.failures - 1), _LONGEST_BACKOFF)
+        # After a thousand failures the power itself would be beyond what a number can hold.
+        return task.tried + min(first * 2.0 ** min(task.failures - 1, 60), _LONGEST_BACKOFF)
     if task.last is None or task.last > now:
         return now
     return task.last + task.every

@@ -98,8 +98,8 @@ class Tries(dict[str, Tried]):
 
 
 def pause(failures: int) -> float:
-    """Seconds after which it is tried again."""
-    return min(_AGAIN * 2 ** (failures - 1), _AGAIN_AT_MOST) if failures else _SOON
+    """Seconds after which it is tried again, for any number of failures: weeks of them must not end the loop."""
+    return min(_AGAIN * 2 ** min(failures - 1, 60), _AGAIN_AT_MOST) if failures else _SOON
 
 
 def why(what: str, error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appliance.daemon.shared import pause
 from appliance.schedule import Task, due, next_time
 
 NOW = 1_000_000.0
@@ -42,6 +43,12 @@ def test_failures_back_off_up_to_an_hour():
     assert waits[:3] == [30, 60, 120]
     assert max(waits) == 3600
     assert waits == sorted(waits)
+
+
+def test_weeks_of_failures_are_an_hour_each():
+    """The power alone is too much for a number after a thousand of them: it ended the daemon, for all domains."""
+    assert next_time(task(last=NOW - 90, tried=NOW, failures=5000), NOW) - NOW == 3600
+    assert pause(5000) == 3600
 
 
 def test_a_failure_of_a_moment_costs_no_interval():
