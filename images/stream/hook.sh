@@ -130,7 +130,14 @@ is_ours() { # disk, local
     [ "$(was_ours "$1")" = "$(identity "$2")" ] || return 1
     if is_marked "$1" "$2" ' begun *' || is_marked "$1" "$2" ''; then return 0; fi
     [ $(($(cat "/sys/block/$2/size") / 8)) -le $((($(of_disk SECTORS "$1") + 7) / 8)) ] || return 1
-    case $(identity "$2") in none/*) [ "$(head_of "/dev/$2")" = "$(head_of "/dev/mapper/rewind-src-$1")" ] ;; esac
+    case $(identity "$2") in none/*) begins_as_served "$1" "$2" ;; esac
+}
+
+# Zeros, and nothing that could be read, are no table: any file system on a whole disk may begin with zeros.
+begins_as_served() { # disk, local
+    head=$(head_of "/dev/$2")
+    case $head in "$(head_of /dev/zero)" | "$(head_of /dev/null)") return 1 ;; esac
+    [ "$head" = "$(head_of "/dev/mapper/rewind-src-$1")" ]
 }
 
 head_of() { dd if="$1" bs=4096 count=1 2>/dev/null | md5sum; }

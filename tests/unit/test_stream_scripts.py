@@ -144,6 +144,21 @@ def test_disk_without_a_place_for_a_mark_is_known_by_more_than_its_size(served, 
     assert ours or "local disk sda is not empty" in (machine.folder / "meet/error").read_text()
 
 
+def test_two_disks_that_begin_with_zeros_are_not_the_same(machine):
+    """btrfs, md and bcache on a whole disk all have their first word behind a page of zeros."""
+    served = machine.folder / "dev/mapper/rewind-src-vda"
+    machine.disk.write_bytes(bytes(PAGE) + b"what somebody needs".ljust(SIZE - PAGE, b"x"))
+    served.write_bytes(bytes(SIZE))
+    (machine.folder / "block/sda/size").write_text(f"{SIZE // 512}\n")
+    text = f"rewind 1\nstate filling\nlocal vda none/{SIZE // 512}\nfill {ONE}\nend\n"
+    (machine.folder / "meet/record").write_text(text)
+    machine.run("hook.sh", "sleep() { :; }; choose_locals")
+    assert not machine.plans()
+    machine.disk.unlink()
+    served.unlink()
+    assert machine.run("hook.sh", "begins_as_served vda sda && echo same") == "", "neither of them can be read"
+
+
 @pytest.mark.parametrize(("same", "word", "copied"), [(True, ONE, 50), (False, TWO, 0)])
 def test_record_has_the_word_of_the_marks_before_they_have_it(same, word, copied, machine):
     """P6-15: the power may go between the two, and before anything was copied."""
