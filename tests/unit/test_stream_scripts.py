@@ -129,7 +129,15 @@ def test_what_was_copied_to_one_disk_is_not_on_another(word, same, machine):
 
 
 @pytest.mark.parametrize(
-    ("served", "serial", "ours"), [(b"table", "", True), (b"other", "", False), (b"other", "XYZ123", True)]
+    ("served", "serial", "ours"),
+    [
+        (b"table", "", True),
+        (b"other", "", False),
+        (b"other", "XYZ123", True),
+        (b"table", "t10.ATAQEMUHARDDISKQM00001", True),
+        (b"other", "t10.ATAQEMUHARDDISKQM00001", False),  # by its port, the same in each virtual machine
+        (b"other", "QM00013", False),
+    ],
 )
 def test_disk_without_a_place_for_a_mark_is_known_by_more_than_its_size(served, serial, ours, machine):
     """P6-15: any disk of that size, with what somebody needs on it, would be written over without a question."""
