@@ -125,11 +125,13 @@ class Kind(Generic[_Order]):
             time.sleep(0.05)
 
     def drop(self, home: Home, name: str) -> None:
-        """Forget it: the order first, by which it exists. Raises OSError where that stays; what else stays is in
-        nobody's way."""
+        """Forget it: the order first, by which it exists. Raises OSError where anything stays: keys may be in there,
+        and no other one can have the name. May be repeated."""
         where = self.folder(home, name)
         (where / "order.json").unlink(missing_ok=True)
         shutil.rmtree(where, ignore_errors=True)
+        if where.exists():  # as much of it as can be is gone, now for the reason
+            shutil.rmtree(where)
 
     @property
     def _short(self) -> str:

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from appliance.errors import ConfigError, RestoreError
 from appliance.model import MapRef
 from appliance.process import process_key
 from appliance.restore import hydrate, hydrations, outliving, serve, streams
+from appliance.service.image import starting, streaming
 from tests.support.limits import limit
 
 MAP = MapRef(bytes(16), 1 << 20)
@@ -72,6 +74,34 @@ def test_what_cannot_be_forgotten_is_not_said_to_be(home, kind, order, monkeypat
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(OSError, match=r"Read-only file system: .*order\.json"):
         kind.tidy(home, "rack")
+
+
+@pytest.mark.parametrize("kind", [hydrations, streams])
+def test_folder_that_stays_is_not_said_to_be_gone(home, kind, monkeypatch):
+    """The next one of that name could not make it."""
+    kind.folder(home, "rack").mkdir(parents=True)
+
+    def refused(where, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(where))
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.raises(OSError, match="busy"):
+        kind.tidy(home, "rack")
+
+
+@pytest.mark.parametrize(("kind", "forget"), [(hydrations, starting.forget), (streams, streaming.forget)])
+def test_forgetting_that_was_broken_off_can_be_repeated(home, kind, forget):
+    """Killed behind the order: keys and what a machine has written stay, and no list shows them."""
+    where = kind.folder(home, "rack")
+    where.mkdir(parents=True)
+    (where / "server-key.pem").touch()
+    session = SimpleNamespace(home=home)
+    assert streaming.known(session, "rack") is (kind is streams), "by this the verb chooses"
+    forget(session, "rack")
+    assert not where.exists()
+    with pytest.raises(ConfigError, match="rack"):
+        forget(session, "rack")
 
 
 def test_a_state_of_before_is_no_answer(home):
