@@ -27,6 +27,7 @@ from appliance.service.naming import earlier, holder, uuid_of
 from appliance.service.session import Progress, Session, silent
 from appliance.service.underway import refuse_if_under_way
 from appliance.timeline.instant import number_of
+from appliance.timeline.ledger import Ledger
 from appliance.timeline.when import reading
 
 if TYPE_CHECKING:
@@ -263,7 +264,9 @@ def _warn_of_label(session: Session, record: Protection, label: str) -> None:
     """Not refused: a script that gives every night's point the same label shall not lose the second night."""
     if not label:
         return
-    if record.continuous and number_of(label) is not None:
+    # What was captured once stays in the ledger, and its writes can be named also when capture is off.
+    counted = record.continuous or Ledger(session.home.ledger(record.uuid)).spans()
+    if counted and number_of(label.removesuffix("?")) is not None:
         session.warn(
             f"the label {label!r} is the number of a write, too: once its point is forgotten `--to {label}` means that"
         )

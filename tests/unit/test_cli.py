@@ -811,15 +811,25 @@ def test_a_program_reads_the_warnings_that_a_person_is_told(web, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("continuous", "label", "told"), [(True, "2026", True), (True, "y2026", False), (False, "2026", False)]
+    ("continuous", "captured", "label", "told"),
+    [
+        (True, False, "2026", True),
+        (True, False, "2026?", True),
+        (True, True, "y2026", False),
+        (False, True, "2026", True),
+        (False, False, "2026", False),
+    ],
 )
-def test_a_label_that_is_a_number_is_told(web, continuous, label, told):
-    """A revert to it would go to a write of that number once its point is gone."""
+def test_a_label_that_is_a_number_is_told(web, continuous, captured, label, told):
+    """A revert to it would go to a write of that number once its point is gone: whatever is captured now, the ledger
+    has the writes of before."""
+    if captured:
+        put_capture(web.home)
     with Session(Home(web.home)) as session:
         record = session.record("web")
         protection.save(session.home, replace(record, continuous=continuous))
     assert web("point", "web", "--label", label) != 0
-    assert ("once its point is forgotten `--to 2026` means that" in web.err) is told
+    assert (f"once its point is forgotten `--to {label}` means that" in web.err) is told
 
 
 @pytest.mark.parametrize("label", ["latest", "10m ago", "#5", "14:02", "2026-03-01", NEWEST[:4] + "0" * 16])
