@@ -90,7 +90,7 @@ def capturing(
     made = Capturing(
         "epochs" if record.every else "manual", near=age, far=None if lost else age,
         last_gap=found[-1] if found else None, far_reason=lost,
-        reason="" if points else "there is no point yet",
+        reason="" if points else "there is no point",
     )  # fmt: skip
     running = tap.current(session.home, record.uuid) if record.continuous else None
     if paused_until(session.home, record.uuid) is not None:

@@ -1091,7 +1091,9 @@ def test_capture_without_a_point_says_so(web):
     with Session(Home(web.home)) as session:
         for one in session.repository.points():
             session.repository.delete_point(one.id)
-    assert web.json("status")[1]["capture"]["reason"] == "there is no point yet"
+    assert web.json("status")[1]["capture"]["reason"] == "there is no point"
+    assert web("timeline", "web") == 0
+    assert "now: " in web.out and "(there is no point)" in web.out, web.out
 
 
 def test_a_repository_elsewhere_has_a_far_figure(web, monkeypatch):
