@@ -116,7 +116,7 @@ def test_what_the_system_refuses_is_told_with_the_path(session, monkeypatch):
 
 
 def test_a_failure_is_not_repeated_at_once(session, monkeypatch):
-    """A broken domain is tried again after half an interval, not in a loop."""
+    """A broken domain is tried again after half an interval (a minute at most), not in a loop."""
     points = Points(monkeypatch)
     protect(session, "web", every=60)
     points.broken["web"] = DomainNotFound(domain="web", uri="test:///")
