@@ -37,17 +37,41 @@ def documented():
     return found
 
 
-def test_the_unit_of_systemd_has_what_the_daemon_needs(monkeypatch, capsys):
+@pytest.fixture
+def unit(monkeypatch, capsys):
+    for name in ("REWIND_HOME", "REWIND_CONNECT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def made(*words):
+        monkeypatch.setattr("sys.argv", ["/opt/venv/bin/rewind"])
+        assert main([*words, "help", "systemd"]) == 0
+        found = configparser.ConfigParser(interpolation=None)
+        found.optionxform = str
+        found.read_string(capsys.readouterr().out)
+        return found
+
+    return made
+
+
+def test_the_unit_of_systemd_works_where_it_was_asked_for(unit, monkeypatch):
+    """Or the daemon looks into another home than the one that a person tried it with."""
+    monkeypatch.setenv("REWIND_HOME", "/srv/50% of $it/it's")
+    started = unit("--connect", "qemu:///session")["Service"]["ExecStart"]
+    home = '"/srv/50%% of $$it/it\'s"'
+    assert started == f"/opt/venv/bin/rewind --home {home} --connect qemu:///session daemon"
+    monkeypatch.chdir("/srv")
+    monkeypatch.setenv("REWIND_HOME", 'a "b\\c')
+    assert unit()["Service"]["ExecStart"] == r'/opt/venv/bin/rewind --home "/srv/a \"b\\c" daemon'
+
+
+def test_the_unit_of_systemd_has_what_the_daemon_needs(unit):
     """Its children outlive it, it tells systemd when it is ready, and a signal has it look anew."""
-    monkeypatch.setattr("sys.argv", ["/opt/venv/bin/rewind", "help", "systemd"])
-    assert main(["help", "systemd"]) == 0
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str
-    unit.read_string(capsys.readouterr().out)
-    service = unit["Service"]
+    found = unit()
+    service = found["Service"]
+    assert service["SuccessExitStatus"] == "143", "a SIGTERM while it still opens the repository"
     assert (service["ExecStart"], service["Type"]) == ("/opt/venv/bin/rewind daemon", "notify")
     assert (service["KillMode"], service["OOMPolicy"]) == ("process", "continue")
-    assert "-HUP" in service["ExecReload"] and unit["Install"]["WantedBy"] == "multi-user.target"
+    assert "-HUP" in service["ExecReload"] and found["Install"]["WantedBy"] == "multi-user.target"
 
 
 def test_every_type_is_documented():

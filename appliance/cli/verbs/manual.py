@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import click
@@ -16,7 +17,7 @@ __all__ = ["completion_command", "help_command"]
 @click.argument("topic", required=False, metavar="[VERB|settings|exit-codes|json|man|systemd]")
 def help_command(context: Context, topic: str | None) -> None:
     """Explain a verb, list the settings or the exit codes, or print the documentation of --json, the manual page, or a
-    unit of systemd for the daemon.
+    unit of systemd for the daemon of this --home and --connect.
 
     Without a topic: the same as `rewind --help`.
     """
@@ -32,7 +33,7 @@ def help_command(context: Context, topic: str | None) -> None:
 
         click.echo((files("appliance.cli") / f"{topic.upper()}.md").read_text())
     elif topic == "systemd":
-        click.echo(_unit(), nl=False)
+        click.echo(_unit(context), nl=False)
     elif topic == "man":
         from appliance.cli.man import page
 
@@ -45,13 +46,22 @@ def help_command(context: Context, topic: str | None) -> None:
         raise click.UsageError(f"there is no help for {topic!r}")
 
 
-def _unit() -> str:
-    """With the program that was started."""
+def _unit(context: Context) -> str:
+    """With the program that was started, and what it was told of where to work: systemd has another environment."""
     from importlib.resources import files
 
-    text = (files("appliance.cli") / "rewind.service").read_text()
     started = os.path.abspath(sys.argv[0])
-    return text.replace("/usr/local/bin/rewind", started) if os.path.basename(started) == "rewind" else text
+    words = [started if os.path.basename(started) == "rewind" else "/usr/local/bin/rewind"]
+    words += [] if context.home is None else ["--home", str(context.home_path)]
+    words += [] if context.connect is None else ["--connect", context.connect]
+    text = (files("appliance.cli") / "rewind.service").read_text()
+    return text.replace("/usr/local/bin/rewind", " ".join(map(_quoted, words)))
+
+
+def _quoted(word: str) -> str:
+    """One word of a command line of systemd, which has names of its own behind % and variables behind $."""
+    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{plain}"' if re.search(r"[\s\"'\\;]", word) or not word else plain
 
 
 def _exit_codes(context: Context) -> None:
