@@ -430,23 +430,35 @@ def exit_codes() -> list[tuple[int, str, str]]:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Only with a path: what no path was named for, the owner of the home may do, and it is a bug more often.
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
 # Of a path that somebody has named, or of the disk below it. Not that there is nothing: that is a bug more often.
 _UNUSABLE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE)
 
 
 def of_the_system(error: OSError) -> RewindError | None:
     """What the system refused, as an error of ours that names the path; None for what is a bug, as far as we know."""
-    path, reason = str(error.filename or ""), (error.strerror or "refused").lower()
-    folder = os.path.dirname(path) or "."
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""  # or a number
+    reason = (error.strerror or "refused").lower()
     if error.errno in _FULL:
         return NoSpace(url="this host", name=path or "a file")
-    if error.errno in _FORBIDDEN:
-        hint = "run it as the owner of the home, usually root"
-        if os.geteuid() == 0:
-            hint = f"`findmnt -T {shlex.quote(folder)}` tells how that is mounted"
-        return PermissionDenied(url=folder, name=os.path.basename(path) or "?", reason=reason, hint=hint)
+    if error.errno == errno.EROFS or error.errno in _FORBIDDEN and path:
+        return _forbidden(error.errno == errno.EROFS, path, reason)
     if error.errno in _UNUSABLE and path:
-        hint = f"`stat {shlex.quote(folder)}` tells what is there"
+        # What is at fault is the path, or what lies above it.
+        seen = path if os.path.lexists(path) else os.path.dirname(path) or "."
+        hint = f"`stat {shlex.quote(seen)}` tells what is there"
         return ConfigError(reason=f"{path!r} cannot be used: {reason}", hint=hint)
     return None
+
+
+def _forbidden(to_all: bool, path: str, reason: str) -> RewindError:
+    """`to_all`: no other user could do it either."""
+    if not path:  # a kernel that has met errors does that to files that are open
+        hint = "`findmnt -O ro` tells what is mounted so"
+        return PermissionDenied(url="this host", name="a file", reason=reason, hint=hint)
+    folder = os.path.dirname(path) or "."
+    hint = f"`findmnt -T {shlex.quote(folder)}` tells how that is mounted"
+    if not to_all and os.geteuid() != 0:
+        hint = "run it as the owner of the home, usually root"
+    return PermissionDenied(url=folder, name=os.path.basename(path) or "?", reason=reason, hint=hint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 
 import pytest
 
 from appliance import errors
-from appliance.errors import RewindError, exit_codes
+from appliance.errors import PermissionDenied, RewindError, exit_codes, of_the_system
 
 CLASSES = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
 # Exit codes by family, as the module's docstring and `rewind help exit-codes` promise.
@@ -66,3 +68,31 @@ def test_a_forgotten_field_does_not_hide_the_error():
 def test_ids_are_stable_kebab_case():
     assert errors.NoSuchPoint(domain="x", when="y").id == "no-such-point"
     assert RewindError(reason="x").id == "rewind-error"
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_a_file_system_that_nobody_may_write_to_is_no_matter_of_the_user(user, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    for name, said in (("/srv/home/x", "findmnt -T /srv/home"), (b"/srv/home/x", "findmnt -T /srv/home"),
+                       (None, "findmnt -O ro"), (5, "findmnt -O ro")):  # fmt: skip
+        told = of_the_system(OSError(errno.EROFS, "Read-only file system", name))
+        assert isinstance(told, PermissionDenied) and said in told.hint, (name, told)
+    told = of_the_system(PermissionError(errno.EACCES, "Permission denied", b"/srv/home/x"))
+    assert told is not None and told.message.startswith("no permission at /srv/home for 'x'")
+    assert ("as the owner" in told.hint) is (user != 0)
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_what_is_refused_without_a_path_is_a_bug_and_keeps_its_trace(name):
+    """It was told as "no permission at . for '?'"."""
+    assert of_the_system(PermissionError(errno.EPERM, "Operation not permitted", name)) is None
+
+
+def test_what_is_in_the_way_is_looked_at_itself(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "below"):
+        with pytest.raises(NotADirectoryError) as met:
+            os.listdir(path)
+        told = of_the_system(met.value)
+        assert told is not None and told.hint == f"`stat {file}` tells what is there"
