@@ -1,4 +1,4 @@
-"""Folders for what is being made, which go with whoever makes it, also when that is killed.
+"""Folders for what is being made, which go with whoever makes it; when that is killed, with the next one.
 
     scratch_folder   one of ours below another folder; what killed processes have left there goes first
 
@@ -22,6 +22,7 @@ __all__ = ["scratch_folder"]
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `parent`, which is made, and where `prefix` is that of such folders alone. It may be renamed.
+    `parent` may be a link to a folder; what a killed process has left stays until the next one in that folder.
 
     Any thread and process may call it at once. Raises OSError when it cannot be made; what others have left and cannot
     be removed stays."""
@@ -42,14 +43,14 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    with suppress(OSError), _opened(folder) as handle:  # it is in use, or went meanwhile
+    with suppress(OSError), _opened(folder, os.O_NOFOLLOW) as handle:  # it is in use, or went meanwhile
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _opened(folder: Path, flags: int = 0) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | flags)
     try:
         yield handle
     finally:

@@ -53,6 +53,16 @@ def test_one_that_was_renamed_stays(tmp_path):
     assert [one.name for one in (tmp_path / "new").iterdir()] == ["whole"]
 
 
+def test_folder_may_be_a_link_and_what_lies_behind_others_stays(tmp_path):
+    """A cache on a larger disk. Nobody of ours makes a link in there."""
+    (tmp_path / "large/theirs").mkdir(parents=True)
+    (tmp_path / "cache").symlink_to("large")
+    (tmp_path / "large/.made-link").symlink_to("theirs")
+    with scratch_folder(tmp_path / "cache", ".made-") as folder:
+        assert folder.is_dir()
+    assert (tmp_path / "large/theirs").is_dir() and (tmp_path / "large/.made-link").is_symlink()
+
+
 def test_what_a_template_that_was_killed_has_left_goes(tmp_path, monkeypatch):
     """150 MB of packages and a kernel, each time."""
     left = tmp_path / "cache/templates/.make-killed/.template-x"
