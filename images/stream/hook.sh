@@ -113,7 +113,8 @@ check_local() { # disk, local
     [ "$grain" -le 512 ] ||
         stream_refuse "local disk $2 has sectors of $grain bytes, and disk $1 of the guest has such of 512"
     if [ -n "$RWS_OVERWRITE" ] || is_ours "$1" "$2"; then return 0; fi
-    [ "$(dd if="/dev/$2" bs=64k count=16 2>/dev/null | tr -d '\000' | head -c 1 | wc -c)" = 0 ] ||
+    dd if="/dev/$2" of=/tmp/begin bs=64k count=16 2>/dev/null || stream_refuse "local disk $2 cannot be read"
+    [ "$(tr -d '\000' </tmp/begin | head -c 1 | wc -c)" = 0 ] ||
         stream_refuse "local disk $2 is not empty: --overwrite would give its content up for disk $1"
 }
 

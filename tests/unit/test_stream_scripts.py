@@ -167,6 +167,15 @@ def test_two_disks_that_begin_with_zeros_are_not_the_same(machine):
     assert machine.run("hook.sh", "begins_as_served vda sda && echo same") == "", "neither of them can be read"
 
 
+def test_disk_that_cannot_be_read_is_not_an_empty_one(machine):
+    """One bad sector at its begin, and what somebody needs behind it."""
+    machine.disk.unlink()
+    machine.had("filling", f"fill {ONE}")
+    machine.run("hook.sh", "sleep() { :; }; choose_locals")
+    assert not machine.plans()
+    assert "local disk sda cannot be read" in (machine.folder / "meet/error").read_text()
+
+
 @pytest.mark.parametrize(("same", "word", "copied"), [(True, ONE, 50), (False, TWO, 0)])
 def test_record_has_the_word_of_the_marks_before_they_have_it(same, word, copied, machine):
     """P6-15: the power may go between the two, and before anything was copied."""
