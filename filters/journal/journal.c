@@ -23,6 +23,8 @@
 #define RESERVE ((uint64_t)64 << 10)
 /* The keeper tries a failed rotation or sealing again after this. */
 #define RETRY_NS 200000000
+/* A write waits this long for the next segment on a full disk: well below what its watchdog lets it wait. */
+#define ROTATION_NS 100000000
 
 /* --- numbers, with the lock held -------------------------------------------------------------------------------- */
 
@@ -91,6 +93,14 @@ fail (struct journal *journal, int error, const char *what)
 
 /* --- the path of a record --------------------------------------------------------------------------------------- */
 
+static void
+wait_until (pthread_cond_t *condition, pthread_mutex_t *lock, int64_t when)
+{
+  const struct timespec until = { .tv_sec = when / 1000000000, .tv_nsec = when % 1000000000 };
+
+  pthread_cond_timedwait (condition, lock, &until);
+}
+
 static bool
 has_space (const struct journal *journal, enum kind kind, uint64_t need)
 {
@@ -111,6 +121,61 @@ look_whether_full (struct journal *journal)
 {
   if (journal->state == STATE_FULL && has_space (journal, KIND_WRITE, RESERVE))
     journal->state = STATE_OK;
+}
+
+/* On a full disk the next segment may have its room already: wait for it, but not for long, as a guest waits too. */
+static void
+await_rotation (struct journal *journal, const struct segment *segment)
+{
+  const int64_t until = now_ns (CLOCK_MONOTONIC) + ROTATION_NS;
+
+  while (journal->current == segment && journal->spare.fd != -1 && journal->state != STATE_FAILED
+         && journal->spare.room >= journal->settings.segment_size && now_ns (CLOCK_MONOTONIC) < until) {
+    pthread_cond_signal (&journal->work_for_keeper);
+    wait_until (&journal->rotated, &journal->lock, until);
+  }
+}
+
+/* The file system's promise for more of a segment. The lock is held, and let go of meanwhile: the caller sees to it that
+ * it is not sealed. -1: the promise is as it was.
+ */
+static int
+get_room (struct journal *journal, struct segment *segment, uint64_t room)
+{
+  uint64_t promised = segment->room;
+  int result;
+
+  pthread_mutex_unlock (&journal->lock);
+  result = segment_promise (segment->fd, room, &promised);
+  keep_errno (pthread_mutex_lock (&journal->lock));
+  if (promised > segment->room) /* somebody else may have got more */
+    segment->room = promised;
+  if (result == -1 && errno != ENOSPC && errno != EDQUOT)
+    fail (journal, errno, "making room in a segment");
+  return result;
+}
+
+/* Writers are ahead of the keeper, who gives them the next segment: past what the file system promised for this one a
+ * write may fail, and its place in the journal would be a hole. What cannot be had is a full disk. As extend.
+ */
+static void
+extend_ahead (struct journal *journal, uint64_t need)
+{
+  struct segment *segment = journal->current;
+  const uint64_t room = segment_size (segment) + sizeof (struct index_entry) + need + RESERVE;
+  int result;
+
+  if (journal->no_room || room <= segment->room || journal->state == STATE_FAILED)
+    return;
+  segment->writing++; /* so that it is not sealed meanwhile */
+  result = get_room (journal, segment, room + journal->settings.segment_size / 8);
+  if (result == -1)
+    await_rotation (journal, segment);
+  segment->writing--;
+  if (segment != journal->current)
+    pthread_cond_signal (&journal->work_for_keeper);
+  else if (result == -1)
+    journal->no_room = true;
 }
 
 /* Sequence number, time and place of a record. -1 and errno: it got none. */
@@ -236,6 +301,8 @@ journal_append (struct journal *journal, enum kind kind, uint16_t disk, uint64_t
   int result;
 
   pthread_mutex_lock (&journal->lock);
+  if (kind <= KIND_TRIM)
+    extend_ahead (journal, sizeof record + record_payload (&record));
   result = reserve (journal, &record, &me, &segment, &position);
   pthread_mutex_unlock (&journal->lock);
   if (result == -1)
@@ -308,14 +375,6 @@ journal_ask_sealed (struct journal *journal)
 }
 
 /* --- the committer ---------------------------------------------------------------------------------------------- */
-
-static void
-wait_until (pthread_cond_t *condition, pthread_mutex_t *lock, int64_t when)
-{
-  const struct timespec until = { .tv_sec = when / 1000000000, .tv_nsec = when % 1000000000 };
-
-  pthread_cond_timedwait (condition, lock, &until);
-}
 
 /* Sync every unsealed segment that was written to. The lock is held, and let go of meanwhile. -1 and errno. */
 static int
@@ -424,14 +483,8 @@ static void
 extend (struct journal *journal)
 {
   struct segment *segment = journal->current;
-  const uint64_t room = room_wanted (journal);
-  int result;
 
-  pthread_mutex_unlock (&journal->lock);
-  result = segment_extend (segment, room);
-  keep_errno (pthread_mutex_lock (&journal->lock));
-  if (result == -1 && errno != ENOSPC && errno != EDQUOT)
-    fail (journal, errno, "making room in a segment");
+  get_room (journal, segment, room_wanted (journal));
   journal->no_room = segment->room < journal->settings.segment_size;
   look_whether_full (journal);
 }
@@ -450,9 +503,28 @@ extend_spare (struct journal *journal)
   if (journal->no_room || spare.fd == -1)
     return;
   pthread_mutex_unlock (&journal->lock);
-  segment_extend_spare (&spare, most < left ? most : left);
+  segment_promise (spare.fd, most < left ? most : left, &spare.room);
   pthread_mutex_lock (&journal->lock);
   journal->spare = spare;
+}
+
+/* There is a file for the next segment, with all its room if that is to be had. As extend; -1 and errno: none. */
+static int
+need_spare (struct journal *journal)
+{
+  struct spare spare = journal->spare;
+  int result = 0;
+
+  if (spare.fd == -1) {
+    pthread_mutex_unlock (&journal->lock);
+    result = segment_spare (journal->folder, &spare);
+    keep_errno (pthread_mutex_lock (&journal->lock));
+    journal->spare = spare;
+  }
+  /* What was not to be had when the last one was begun may be now. */
+  if (journal->current != NULL && journal->spare.room < journal->settings.segment_size)
+    keep_errno (extend_spare (journal));
+  return result;
 }
 
 /* A new segment becomes the current one. As extend. False: there is no file for it. */
@@ -461,15 +533,16 @@ rotate (struct journal *journal)
 {
   const uint64_t floor = journal->last + 1;
   struct segment *segment = NULL;
-  struct spare spare = journal->spare;
+  struct spare spare;
   int result, error;
 
-  pthread_mutex_unlock (&journal->lock);
-  if (spare.fd != -1 || segment_spare (journal->folder, &spare) == 0)
+  if (need_spare (journal) == 0) {
+    spare = journal->spare;
+    pthread_mutex_unlock (&journal->lock);
     segment = segment_begin (journal->folder, &spare, &journal->origin, floor);
-  keep_errno (pthread_mutex_lock (&journal->lock));
+    keep_errno (pthread_mutex_lock (&journal->lock));
+  }
   if (segment == NULL) {
-    journal->spare = spare;
     if (errno != ENOSPC && errno != EDQUOT)
       fail (journal, errno, "making a segment");
     return false;
@@ -481,6 +554,9 @@ rotate (struct journal *journal)
   else
     journal->oldest = segment;
   journal->current = segment;
+  /* At once: until it has been extended others write to it, and a write that fails for want of space is a hole. */
+  journal->no_room = segment->room < journal->settings.segment_size;
+  pthread_cond_broadcast (&journal->rotated);
   segment->floor = journal->last + 1;
   pthread_mutex_unlock (&journal->lock);
   /* While the file was made others may have got the number it was named for. */
@@ -550,6 +626,7 @@ keep (struct journal *journal)
   if (is_due (journal, now_ns (CLOCK_MONOTONIC)))
     return rotate (journal);
   extend (journal);
+  extend_spare (journal);
   return !journal->no_room;
 }
 
@@ -677,7 +754,8 @@ init_locks (struct journal *journal)
   return pthread_condattr_init (&monotonic) || pthread_condattr_setclock (&monotonic, CLOCK_MONOTONIC)
          || pthread_mutex_init (&journal->lock, NULL) || pthread_cond_init (&journal->progress, NULL)
          || pthread_cond_init (&journal->work_for_committer, &monotonic)
-         || pthread_cond_init (&journal->work_for_keeper, &monotonic);
+         || pthread_cond_init (&journal->work_for_keeper, &monotonic)
+         || pthread_cond_init (&journal->rotated, &monotonic);
 }
 
 int

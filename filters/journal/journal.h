@@ -56,6 +56,7 @@ struct journal {
   pthread_mutex_t lock; /* for everything below */
   pthread_cond_t work_for_committer;
   pthread_cond_t work_for_keeper;
+  pthread_cond_t rotated; /* another segment is the current one */
   pthread_cond_t progress; /* durable, sealed or state changed */
 
   enum state state;

@@ -73,9 +73,8 @@ write_header (int fd, const struct origin *origin, uint64_t floor, uint64_t *len
   return pwrite_both (fd, &header, sizeof header, origin->disks, disks, 0);
 }
 
-/* -1 and errno: no promise. */
-static int
-promise (int fd, uint64_t room, uint64_t *promised)
+int
+segment_promise (int fd, uint64_t room, uint64_t *promised)
 {
   if (room <= *promised)
     return 0;
@@ -95,25 +94,13 @@ segment_spare (int folder, struct spare *spare)
   spare->fd = openat (folder, SPARE, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
   if (spare->fd == -1)
     return -1;
-  if (promise (spare->fd, SPARE_ROOM, &spare->room) == -1) {
+  if (segment_promise (spare->fd, SPARE_ROOM, &spare->room) == -1) {
     keep_errno (close (spare->fd));
     keep_errno (unlinkat (folder, SPARE, 0));
     spare->fd = -1;
     return -1;
   }
   return 0;
-}
-
-int
-segment_extend_spare (struct spare *spare, uint64_t room)
-{
-  return promise (spare->fd, room, &spare->room);
-}
-
-int
-segment_extend (struct segment *segment, uint64_t room)
-{
-  return promise (segment->fd, room, &segment->room);
 }
 
 struct segment *

@@ -59,9 +59,10 @@ int segment_spare (int folder, struct spare *spare);
 /* The spare becomes an empty segment of that floor; its name is durable. NULL and errno: the spare is as it was. */
 struct segment *segment_begin (int folder, const struct spare *spare, const struct origin *origin, uint64_t floor);
 
-/* Get the file system's promise for `room` bytes. -1 and errno: the promise is as it was. */
-int segment_extend (struct segment *segment, uint64_t room);
-int segment_extend_spare (struct spare *spare, uint64_t room);
+/* Get the file system's promise for the first `room` bytes of a file; what it has promised is kept in `promised`. -1 and
+ * errno: the promise is as it was.
+ */
+int segment_promise (int fd, uint64_t room, uint64_t *promised);
 
 /* Read an unsealed file up to its first hole. `expected` is the sequence number its first record must have, 0 for any.
  * `*cut` is how many bytes behind the last whole record are not zero. NULL and errno on failure; EBADMSG: no segment
