@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.support import world
+from tests.support.limits import limit
 
 __all__ = ["URI", "start", "stop", "virsh"]
 
@@ -41,7 +42,7 @@ def start(timeout: float = 60.0) -> str:
         time.sleep(0.1)
 
 
-def stop(timeout: float = 20.0) -> None:
+def stop(timeout: float = limit(20)) -> None:
     """End libvirtd but not its guests, like `systemctl stop`; `start` again finds them."""
     pid = _read(_OWN_PID)
     if pid is None or not _alive(_OWN_PID):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from appliance import nbd
 from appliance.errors import ConfigError, ConnectError, GuestUnreadable
 from appliance.process import Child
 from images.guest import _explained, open_guest
@@ -67,7 +68,7 @@ def test_one_guest_by_every_kind_of_disk(tmp_path):
     server = ["qemu-nbd", "--read-only", "--format=raw", "--persistent", "--export-name=v d", f"--socket={socket}", raw]
     clients = []
     with Child(server, name="qemu-nbd") as child:
-        wait_for(socket, child)
+        wait_for(socket, child, "v d")
         for spec in (f"nbd+unix:///v%20d?socket={socket}", str(raw), f"raw:{raw}", str(qcow2), f"qcow2:{qcow2}"):
             with open_guest({"vda": spec}, tmp_path) as guest:
                 clients.append(guest.client)
@@ -83,11 +84,16 @@ def test_one_guest_by_every_kind_of_disk(tmp_path):
             pass
 
 
-def wait_for(socket, child):
+def wait_for(socket, child, export=""):
+    """Its socket is there a moment before anybody listens at it."""
     deadline = time.monotonic() + limit(20)
-    while not socket.exists():
-        assert child.alive() and time.monotonic() < deadline, child.tail()
-        time.sleep(0.02)
+    while True:
+        try:
+            nbd.connect(socket, export, contexts=()).close()
+            return
+        except ConnectError:
+            assert child.alive() and time.monotonic() < deadline, child.tail()
+            time.sleep(0.02)
 
 
 @pytest.mark.timeout(60)
