@@ -161,6 +161,9 @@ static void *aligned(size_t size)
 
 /* --- what is written ------------------------------------------------------------------------------------------- */
 
+/* So many ops in a row of which nothing is to be seen are hardly ever there. */
+#define TRACELESS 64
+
 static struct op op_of(int writer, uint64_t k)
 {
     struct op op;
@@ -398,6 +401,12 @@ static uint64_t compare_with(struct scan *s, int w, uint64_t n, const uint64_t *
     return differing;
 }
 
+static bool leaves_nothing(int w, uint64_t k, const uint64_t *found)
+{
+    struct op op = op_of(w, k);
+    return op.zero || !found[op.disk * (span / slot_sizes[w]) + op.slot];
+}
+
 static void scan_writer(struct scan *s, int w, uint64_t expected)
 {
     uint64_t total = span / slot_sizes[w] * data_count;
@@ -407,8 +416,8 @@ static void scan_writer(struct scan *s, int w, uint64_t expected)
     if (expected >= high && expected - high < 64 && !compare_with(NULL, w, expected, found))
         best = expected;
     fewest = compare_with(NULL, w, best, found);
-    /* A zeroing op leaves no stamp: the true N may be a few such ops further on. */
-    for (uint64_t n = high + 1; fewest && op_of(w, n).zero; n++) {
+    /* A zeroing op leaves no stamp, nor does one whose slot was zeroed since: the true N may be a few further on. */
+    for (uint64_t n = high + 1; fewest && n - high < TRACELESS && leaves_nothing(w, n, found); n++) {
         uint64_t d = compare_with(NULL, w, n, found);
         if (d < fewest) {
             fewest = d;

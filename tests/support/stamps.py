@@ -19,6 +19,8 @@ __all__ = ["Layout", "State", "check", "file_reader"]
 
 SECTOR = 512
 SLOT_SIZES = (4096, 12288, 4096)
+# So many ops in a row of which nothing is to be seen are hardly ever there.
+_TRACELESS = 64
 _MASK = (1 << 64) - 1
 _HEAD = struct.Struct("<8sIIQQQII")
 # (magic, writer, disk, seq, gen, offset, length, crc)
@@ -99,6 +101,11 @@ def _op(layout: Layout, writer: int, k: int) -> tuple[int, int, bool]:
     return k % layout.disks, (r & 0xFFFFFFFF) % layout.slots(writer), writer == 2 and (r >> 32) % 4 == 0
 
 
+def _leaves_nothing(found: dict[tuple[int, int], int], layout: Layout, writer: int, k: int) -> bool:
+    disk, slot, zero = _op(layout, writer, k)
+    return zero or found[disk, slot] == 0
+
+
 def _check_writer(readers: Sequence[Reader], layout: Layout, writer: int, state: State, expected: int) -> int:
     found: dict[tuple[int, int], int] = {}
     boots: dict[int, list[int]] = {}
@@ -110,9 +117,9 @@ def _check_writer(readers: Sequence[Reader], layout: Layout, writer: int, state:
     best, fewest = high, _differing(found, layout, writer, high)
     if expected > high and not _differing(found, layout, writer, expected):
         best, fewest = expected, {}
-    # A zeroing op leaves no stamp: the true N may be a few such ops further on.
+    # A zeroing op leaves no stamp, nor does one whose slot was zeroed since: the true N may be a few further on.
     n = high + 1
-    while fewest and _op(layout, writer, n)[2]:
+    while fewest and n - high < _TRACELESS and _leaves_nothing(found, layout, writer, n):
         differing = _differing(found, layout, writer, n)
         if len(differing) < len(fewest):
             best, fewest = n, differing
