@@ -9,9 +9,13 @@ A point stays if any rule keeps it. Hours, days and weeks are those of the local
 long as a calendar rule has not used up its N, it keeps the oldest point too, so that a young history does not lose
 its beginning. `within` counts from the newest point, not from now: after a month of standstill it does not drop all.
 
-The state that a revert left behind is kept for a protection window whatever the rules say, so every revert can be
-undone. Points are complete in themselves: dropping one touches no other. Nothing here deletes; the plan is shown or
-carried out by the caller. All functions are pure, but for the system's time zone where none is given.
+A point that has a label stays: whoever gave a name to an instant means to come back to it, and must not lose it to a
+rule by count that somebody runs by the clock. `labelled` False takes that back.
+
+The state before a revert is kept for a protection window whatever the rules say: `undo` leads back to the last one,
+and `revert` to any of them. Points are complete in themselves: dropping one touches no other. Nothing here deletes;
+the plan is shown or carried out by the caller. All functions are pure, but for the system's time zone where none is
+given.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ __all__ = ["Decision", "Policy", "is_safety", "plan"]
 SAFETY_SECONDS: Final = 7 * 86400.0
 # First words of a point's reason that say: taken so that a revert can be undone.
 _SAFETY_WORDS = frozenset({"safety", "undo", "revert"})
+# Fields that keep something beside the rules, and that are no rule.
+_BESIDE = frozenset({"protect", "labelled"})
 
 
 class Kept(Protocol):
@@ -41,6 +47,8 @@ class Kept(Protocol):
     def time(self) -> datetime: ...
     @property
     def reason(self) -> str: ...
+    @property
+    def label(self) -> str: ...
 
 
 P = TypeVar("P", bound=Kept)
@@ -50,7 +58,7 @@ P = TypeVar("P", bound=Kept)
 class Policy:
     """Counts, 0: the rule does not exist; `within` and `protect` in seconds. Raises ConfigError for negative ones.
 
-    `protect` is the window in which what a revert left behind is never dropped.
+    `protect` is the window in which what a revert left behind is never dropped; `labelled`: what has a label stays.
     """
 
     last: int = 0
@@ -61,6 +69,7 @@ class Policy:
     yearly: int = 0
     within: float = 0.0
     protect: float = SAFETY_SECONDS
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,7 +79,7 @@ class Policy:
     @property
     def empty(self) -> bool:
         """No rule keeps anything."""
-        return not any(getattr(self, field.name) for field in fields(self) if field.name != "protect")
+        return not any(getattr(self, field.name) for field in fields(self) if field.name not in _BESIDE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +98,7 @@ def plan(points: Iterable[P], policy: Policy, now: datetime, zone: tzinfo | None
     """
     newest_first = sorted(points, key=lambda point: (point.time, point.id), reverse=True)
     reasons: dict[str, list[str]] = {point.id: [] for point in newest_first}
-    for keeps in (_by_count, _by_calendar, _by_age, _by_safety):
+    for keeps in (_by_count, _by_calendar, _by_age, _by_label, _by_safety):
         for point, reason in keeps(newest_first, policy, now, zone):
             reasons[point.id].append(reason)
     default = ("there is no rule",) if policy.empty else ()
@@ -135,9 +144,15 @@ def _by_age(points: Sequence[P], policy: Policy, now: datetime, zone: tzinfo | N
     return [(point, f"within {format_duration(policy.within)}") for point in points if point.time >= start]
 
 
+def _by_label(points: Sequence[P], policy: Policy, now: datetime, zone: tzinfo | None) -> _Found[P]:
+    # Without a rule everything stays, for that one reason.
+    wanted = policy.labelled and not policy.empty
+    return [(point, "it has a label") for point in points if wanted and point.label]
+
+
 def _by_safety(points: Sequence[P], policy: Policy, now: datetime, zone: tzinfo | None) -> _Found[P]:
     start = now - timedelta(seconds=policy.protect)
-    reason = f"a revert can be undone for {format_duration(policy.protect)}"
+    reason = f"the state before a revert stays {format_duration(policy.protect)}"
     return [(point, reason) for point in points if policy.protect and point.time >= start and is_safety(point)]
 
 

@@ -1115,14 +1115,23 @@ def test_the_catalogue_may_be_deleted_at_any_time(web):
 
 
 def test_forget_shows_its_plan_first(web):
-    found = web.json("forget", "web", "--keep-last", "2", "--dry-run")
+    found = web.json("forget", "web", "--keep-last", "2", "--no-keep-labelled", "--dry-run")
     assert [one["keep"] for one in found[:-1]] == [False, False, True, True]
     assert found[-1] == {"type": "forget-summary", "dry_run": True, "kept": 2, "forgotten": 2}
     assert web.json("points", "web")[-1]["points"] == 4
-    assert web("forget", "web", "--keep-last", "2") == 0
+    assert web("forget", "web", "--keep-last", "2", "--no-keep-labelled") == 0
     points = [one for one in web.json("points", "web") if one["type"] == "point"]
     assert len(points) == 2
     assert points[0]["since"] is None
+
+
+def test_forget_by_rules_leaves_what_has_a_label_and_shows_labels(web):
+    found = web.json("forget", "web", "--keep-last", "1", "--dry-run")
+    told = {one["label"]: (one["keep"], one["reasons"]) for one in found[:-1] if one["label"]}
+    assert told == {"before-upgrade": (True, ["it has a label"])}
+    assert web("forget", "web", "--keep-last", "1") == 0
+    assert [line.split()[-6:-5] for line in web.out.splitlines() if "has a label" in line] == [["before-upgrade"]]
+    assert {one["label"] for one in web.json("points", "web") if one["type"] == "point"} == {"before-upgrade", ""}
 
 
 def test_forget_leaves_the_point_that_the_next_one_continues_from(web):
@@ -1182,7 +1191,7 @@ def test_forget_without_rules_forgets_nothing(web):
 
 
 def test_gc_after_forget_frees_space(web):
-    web("forget", "web", "--keep-last", "1")
+    web("forget", "web", "--keep-last", "1", "--no-keep-labelled")
     found = web.json("gc")
     assert (web.code, found[-1]["type"], found[-1]["dry_run"]) == (0, "gc-summary", False)
     assert web.json("points", "web")[-1]["points"] == 1

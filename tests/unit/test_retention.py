@@ -24,6 +24,7 @@ class P:
     id: str
     time: datetime
     reason: str = "schedule"
+    label: str = ""
 
 
 def every(step: timedelta, count: int, newest: datetime = NOW) -> list[P]:
@@ -120,6 +121,14 @@ def test_without_rules_everything_stays():
     assert [one.reasons for one in decisions] == [("there is no rule",)] * 3
     assert Policy().empty
     assert not Policy(within=1).empty
+
+
+def test_what_has_a_label_stays():
+    points = [P("named", NOW - 9 * DAY, label="before-upgrade"), *every(DAY, 3)]
+    assert kept(points, last=1) == ["named", "0"]
+    assert plan(points, Policy(last=1), NOW, UTC)[0].reasons == ("it has a label",)
+    assert kept(points, last=1, labelled=False) == ["0"]
+    assert Policy(labelled=True).empty
 
 
 def test_rules_add_up_and_each_is_named():

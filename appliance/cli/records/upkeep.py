@@ -47,6 +47,7 @@ class Forget(Record):
     keep: bool
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,32 +133,40 @@ def _span(name: str) -> str:
 @domain_argument(required=False)
 @click.argument("points", nargs=-1, metavar="[WHEN]...", shell_complete=complete_when)
 @_keep_options
+@click.option(
+    "--keep-labelled/--no-keep-labelled", default=True,
+    help="Keep what has a label whatever the rules say (default); or only what a rule keeps.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only tell what would be kept and why.")
 @click.option("--yes", "-y", is_flag=True, help="Forget also a point by name that `rewind undo` needs, without asking.")
 def forget_command(
     context: Context, domain: str | None, points: tuple[str, ...], dry_run: bool, yes: bool,
-    keep_within: float | None, **keep: int,
+    keep_labelled: bool, keep_within: float | None, **keep: int,
 ) -> None:  # fmt: skip
     """Delete the points of DOMAIN (of every domain, without one) that no --keep rule keeps, or those that are named.
 
-    Every point is complete in itself: any can go, the others stay recoverable. `rewind gc` frees the space. The point
-    that `rewind undo` leads back to goes by name only, and after a question.
+    Every point is complete in itself: any can go, the others stay recoverable. `rewind gc` frees the space. Rules leave
+    a point that has a label, and for 7 days the state before each revert. The point that `rewind undo` leads back to
+    goes by name only, and after a question.
     """
     from appliance.cli.ui import table
     from appliance.service.upkeep import forget
     from appliance.timeline.retention import Policy
 
     counts = {name: keep[f"keep_{name}"] for name in _KEEP}
-    policy = Policy(**counts, within=keep_within or 0.0) if keep_within or any(counts.values()) else None
-    if points and policy:
+    policy = Policy(**counts, within=keep_within or 0.0, labelled=keep_labelled)
+    if points and not policy.empty:
         raise click.UsageError("name points or give --keep rules, not both")
     with context.session() as session:
         decisions = forget(session, domain, policy, points, dry_run, agree=lambda found: _agree(found, yes))
         # Named points are all that is decided on; those that stay are counted, or it would seem that none do.
         left = session.catalogue.count().get(decisions[0].uuid, 0) if points else None
-    found = [records.Forget(d.point.id, d.point.domain, d.point.time, d.keep, d.reasons, d.warnings) for d in decisions]
+    found = [
+        records.Forget(one.id, one.domain, one.time, d.keep, d.reasons, d.warnings, one.label)
+        for d in decisions for one in (d.point,)
+    ]  # fmt: skip
     context.output.emit_all(
-        found, lambda rows: table(("point", "domain", "time", "", "why"), [_row(row) for row in rows])
+        found, lambda rows: table(("point", "domain", "time", "label", "", "why"), [_row(row) for row in rows])
     )
     gone = sum(not one.keep for one in found)
     kept = len(found) - gone if left is None else left - gone * dry_run
@@ -178,4 +186,5 @@ def _agree(found: Sequence[Decision], yes: bool) -> None:
 
 def _row(row: records.Forget) -> tuple[str, ...]:
     what = "keep" if row.keep else "forget"
-    return row.point, row.domain, clock(row.time), what, "; ".join((", ".join(row.reasons), *row.warnings)).strip("; ")
+    why = "; ".join((", ".join(row.reasons), *row.warnings)).strip("; ")
+    return row.point, row.domain, clock(row.time), row.label, what, why
