@@ -5,6 +5,7 @@
     child        inside: blocks → layout, signature, lvm → ext4 + journal, fat → files
     general_child  the reader for all else (xfs, btrfs, LUKS, md, thin LVM): libguestfs, in a wider cage
     appliance, accelerator   what its virtual machine runs, and on what
+    registry     inside: what a Windows' registry tells, of which only windows.Windows comes out
     inspect      outside: bootloader (grub), kernel, fstab, network → Client
 
 Nothing of a guest is mounted by this machine's kernel, none of its programs runs, and its bytes are parsed by a child
@@ -23,11 +24,12 @@ from appliance.errors import GuestUnreadable
 from images.guest.appliance import Unfit, fitting
 from images.guest.confine import user
 from images.guest.files import Unsupported
-from images.guest.inspect import client_of, find_system
+from images.guest.inspect import NoSystem, client_of, find_system
 from images.guest.reader import ConfinedTree
 from images.guest.sealed import locked
 from images.guest.sources import open_disks, serve_disks
 from images.guest.volumes import Volume
+from images.guest.windows import IsWindows
 from images.model import Client
 from images.tree import Tree
 
@@ -92,8 +94,19 @@ def _general(
     tree = opened.enter_context(ConfinedTree.general(sockets, appliance, keys, accelerator=accelerator))
     try:
         return _guest(tree, "general")
+    except (NoSystem, Unsupported) as error:
+        _tell_windows(tree)
+        raise _explained(error, tree, keys) from error
     except GuestUnreadable as error:
         raise _explained(error, tree, keys) from error
+
+
+def _tell_windows(tree: ConfinedTree) -> None:
+    """Raises IsWindows when there is one, GuestUnreadable when what looks like one cannot be read."""
+    volumes = tree.volumes()
+    for one in volumes:
+        if one.fs == "ntfs" and one.mountable and (windows := tree.windows(one.name)) is not None:
+            raise IsWindows.found(windows, volumes)
 
 
 def _explained(error: GuestUnreadable, tree: ConfinedTree, keys: Sequence[bytes]) -> GuestUnreadable:

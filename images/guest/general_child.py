@@ -34,6 +34,7 @@ from images.guest.child import answer_all
 from images.guest.confine import Cage, Limits, Seccomp, enter
 from images.guest.files import check_readable
 from images.guest.lvm import logical_volumes
+from images.guest.registry import start_at_boot, windows_on
 from images.guest.volumes import Volume, opened_name, partition_name
 from images.model import Layer
 from images.tree import Kind
@@ -50,7 +51,7 @@ _MEMORY = 1280
 
 class Order(BaseModel):
     """`sockets`: disk to the socket of its server. `kvm`: the group that may open /dev/kvm, None: it is not shown.
-    `secret`: the memory of all that is inside has to be locked."""
+    `secret`: the memory of all that is inside has to be locked. `writable`: the disks are written; never a point's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,6 +59,7 @@ class Order(BaseModel):
     appliance: str
     kvm: int | None = None
     secret: bool = False
+    writable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,15 @@ class GuestfsReader:
     def resolve(self, path: str) -> str:
         found: str = self._call(self._g.realpath, path)
         return found
+
+    def windows(self, volume: str) -> dict[str, Any] | None:
+        """What Windows is on it, None where there is none."""
+        found = self._call(windows_on, self._g, self._mountable[volume])
+        return None if found is None else {"volume": volume, **found}
+
+    def start_at_boot(self, volume: str, control_set: str, names: Sequence[str]) -> None:
+        """Nothing can be asked after it."""
+        self._call(start_at_boot, self._g, self._mountable[volume], control_set, names)
 
     # --- what lies on what ---
 
@@ -264,7 +275,8 @@ def _handle(order: Order) -> Any:
     if order.secret:
         handle.config("-overcommit", "mem-lock=on")
     for name in order.sockets:
-        handle.add_drive_opts("", readonly=1, format="raw", protocol="nbd", server=[f"unix:/disks/{name}"])
+        server = [f"unix:/disks/{name}"]
+        handle.add_drive_opts("", readonly=not order.writable, format="raw", protocol="nbd", server=server)
     return handle
 
 

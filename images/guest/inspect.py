@@ -27,7 +27,7 @@ from images.model import Client, Firmware, Generator, Layer, Mount, Root
 from images.tree import Tree, exists
 from images.words import words_of
 
-__all__ = ["Mountable", "System", "client_of", "find_system"]
+__all__ = ["Mountable", "NoSystem", "System", "client_of", "find_system"]
 
 # What the boot of the client and the plan look into. Other file systems stay closed.
 _NEEDED = ("/usr", "/boot", "/boot/efi", "/efi", "/etc", "/lib", "/var")
@@ -36,6 +36,10 @@ _MARKS = ("/etc/os-release", "/usr/lib/os-release")
 _SYSTEMS = 16
 # What holds no system, whoever reads it; of LVM the logical volumes count.
 _NO_ROOT = ("", "swap", "LVM2_member", "jbd", "vfat")
+
+
+class NoSystem(GuestUnreadable):
+    """There is no Linux, and nothing that another reader could find one in."""
 
 
 class Mountable(Tree, Protocol):
@@ -71,7 +75,7 @@ def find_system(tree: Mountable, volumes: Sequence[Volume]) -> System:
             unknown |= isinstance(error, Unsupported)
     roots = _without_seeds(roots)
     if len(roots) != 1:
-        kind = GuestUnreadable if roots or not unknown else Unsupported
+        kind = GuestUnreadable if roots else Unsupported if unknown else NoSystem
         raise kind(what="the point", reason=_why_no_root(roots, volumes, reasons))
     return _mount_all(tree, roots[0], volumes, reasons)
 

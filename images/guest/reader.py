@@ -23,6 +23,7 @@ from images.guest.accelerator import kvm_group
 from images.guest.blocks import Blocks, check_inside
 from images.guest.files import Unsupported
 from images.guest.volumes import Volume
+from images.guest.windows import Windows
 from images.tree import Kind
 
 __all__ = ["ConfinedTree"]
@@ -69,16 +70,19 @@ class ConfinedTree:
         *,
         accelerator: str = "tcg",
         seconds: float = 600,
+        writable: bool = False,
     ) -> Self:
         """libguestfs, with the disks at these sockets of NBD servers. Its start takes 15 to 60 s where it is emulated,
         in the first answer. The keys go through a pipe: not on a command line, not in a file. `accelerator` as in
-        `accelerator.kvm_group`. Raises also ConfigError when the keys are too long, or could get into swap."""
+        `accelerator.kvm_group`. `writable`: the servers let the disks be written, which only
+        a change of ours needs. Raises also ConfigError when the keys are too long, or could get into swap."""
         secret = bool(keys) and secrecy.swaps()
         if secret:
             secrecy.let_children_lock()
         order = json.dumps({
             "sockets": {name: str(path) for name, path in sockets.items()}, "appliance": str(appliance),
             "kvm": (group := kvm_group(accelerator)), "secret": secret,
+            "writable": writable,
         })  # fmt: skip
         reading, writing = os.pipe()
         try:
@@ -115,6 +119,19 @@ class ConfinedTree:
     def mount(self, volume: str, where: str) -> None:
         """Put a volume's files at a path; at `/` all others go. Raises Unsupported, GuestUnreadable."""
         self._ask({"do": "mount", "volume": volume, "where": where})
+
+    def windows(self, volume: str) -> Windows | None:
+        """What Windows is on it, by the general reader; None where there is none. It is mounted then."""
+        try:
+            found = self._ask({"do": "windows", "volume": volume})
+            return None if found is None else Windows.model_validate(found)
+        except ValidationError as error:
+            raise self._end(f"its reader tells no Windows: {error.errors()[0]['msg']}") from error
+
+    def start_at_boot(self, volume: str, control_set: str, names: Sequence[str]) -> None:
+        """Have Windows start these drivers with its kernel, on disks that may be written. It is the last thing that is
+        asked; only when it returns has all of it reached the disks' servers."""
+        self._ask({"do": "start_at_boot", "volume": volume, "control_set": control_set, "names": [*names]})
 
     # --- Tree ---
 

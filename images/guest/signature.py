@@ -28,7 +28,7 @@ class Signature:
 def recognise(blocks: Blocks) -> Signature:
     """What is on it. Never fails for what it reads there."""
     head = blocks.read(0, min(blocks.size, 72 << 10))
-    for probe in (_luks, _lvm, _md, _btrfs, _xfs, _ext, _swap, _vfat):
+    for probe in (_luks, _lvm, _md, _btrfs, _xfs, _ext, _swap, _ntfs, _vfat):
         found = probe(_Head(blocks, head))
         if found:
             return found
@@ -109,6 +109,11 @@ def _swap(head: _Head) -> Signature | None:
         if head.at(page - 10, 10) == b"SWAPSPACE2":
             return Signature("swap", _uuid(head.at(1036, 16)), _text(head.at(1052, 16)))
     return None
+
+
+def _ntfs(head: _Head) -> Signature | None:
+    """Read by the general reader alone, which has to be asked then."""
+    return Signature("ntfs", head.at(72, 8)[::-1].hex().upper()) if head.at(3, 8) == b"NTFS    " else None
 
 
 def _vfat(head: _Head) -> Signature | None:

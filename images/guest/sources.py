@@ -61,14 +61,18 @@ def open_disks(disks: Mapping[str, str], folder: Path) -> Iterator[dict[str, Blo
 
 
 @contextmanager
-def serve_disks(disks: Mapping[str, str], folder: Path, owner: tuple[int, int]) -> Iterator[dict[str, Path]]:
-    """The disks as sockets in `folder`, which `owner` (uid, gid) may connect to and nobody can write through. Raises as
-    `open_disks`."""
+def serve_disks(
+    disks: Mapping[str, str], folder: Path, owner: tuple[int, int], *, writable: bool = False
+) -> Iterator[dict[str, Path]]:
+    """The disks as sockets in `folder`, which `owner` (uid, gid) may connect to and nobody can write through,
+    unless they are `writable`. Raises as `open_disks`."""
     with ExitStack() as opened:
         sockets: dict[str, Path] = {}
         for number, (name, spec) in enumerate(disks.items()):
             kind, image = ("raw", spec) if spec.startswith("nbd") else image_format(spec)
-            sockets[name] = opened.enter_context(_server(folder / f"general.{number}.sock", kind, str(image)))
+            sockets[name] = opened.enter_context(
+                _server(folder / f"general.{number}.sock", kind, str(image), writable=writable)
+            )
             os.chown(sockets[name], *owner)
         yield sockets
 
@@ -115,10 +119,11 @@ def _served(name: str, path: Path, folder: Path, opened: ExitStack) -> Blocks:
 
 
 @contextmanager
-def _server(socket: Path, kind: str, image: str) -> Iterator[Path]:
-    """A server that does not let its clients write."""
+def _server(socket: Path, kind: str, image: str, *, writable: bool = False) -> Iterator[Path]:
+    """A server that does not let its clients write unless told so."""
     socket.unlink(missing_ok=True)
-    argv = ["qemu-nbd", "--read-only", f"--format={kind}", "--persistent", "--shared=8", f"--socket={socket}", image]
+    options = [f"--format={kind}", "--persistent", "--shared=8", f"--socket={socket}"]
+    argv = ["qemu-nbd", *([] if writable else ["--read-only"]), *options, image]
     with Child(argv, name="qemu-nbd") as child:
         try:
             nbd.connect_when_ready(socket, child.alive).close()
