@@ -54,6 +54,7 @@
         GuestUnreadable            65   what the point holds cannot be read or is not a system that we know
         NotSigned                  66   Secure Boot would refuse it
         NotBooted                  67   a point was booted as a test and did not come up
+        NotForWindows              69   a Windows cannot be brought up on that hardware; nothing was written
 
 Classes are named for what the caller can do. A class holds a template; the fields fill it, stay readable on the
 exception, and go into the JSON form. Messages are lower case, name the object and the value, and have no full stop.
@@ -71,7 +72,8 @@ __all__ = [
     "ConfigError", "ConnectError", "DiskNotFound", "DomainBusy", "DomainLost", "DomainNotFound", "DriversMissing",
     "FenceError", "GuestUnreadable", "HypervisorError", "ImageError", "InGap", "IntegrityError", "Interrupted",
     "JournalError", "JournalSilent", "LeftPaused", "Locked", "MonitorError", "NbdFailed", "NoSpace", "NoSuchPoint",
-    "NoSuchTarget", "NoSuchTemplate", "NotBooted", "NotConfirmed", "NotProtected", "NotRecoverable", "NotSigned",
+    "NoSuchTarget", "NoSuchTemplate", "NotBooted", "NotConfirmed", "NotForWindows", "NotProtected", "NotRecoverable",
+    "NotSigned",
     "NotSupported", "NothingToResume", "NothingToUndo", "ObjectNotFound", "PermissionDenied", "PushFailed",
     "RepositoryNotFound", "RestoreError", "RevertUnderWay", "RewindError", "SegmentCorrupt", "SequenceMissing",
     "StoreError", "TargetExists", "Temporary", "TimelineError", "ToolFailed", "VersionUnsupported", "WrongKey",
@@ -408,6 +410,12 @@ class NotSigned(ImageError):
 class NotSettled(ImageError):
     exit_code = 68
     template = "domain {name!r} has not settled: {reason}"
+
+
+class NotForWindows(ImageError):
+    exit_code = 69
+    template = "{product} of the point cannot be brought up on target {target!r}: {reasons}"
+    default_hint = "`rewind image plan` tells each driver; nothing was written"
 
 
 class NotBooted(ImageError):

@@ -61,13 +61,13 @@ def macs(xml: str, name: str) -> list[str]:
 
 
 def for_hardware(
-    xml: str, name: str, disks: Mapping[str, NewDisk], medium: Path, addresses: Sequence[str], *,
+    xml: str, name: str, disks: Mapping[str, NewDisk], medium: Path | None, addresses: Sequence[str], *,
     of_a_domain: bool = True, reconnect: int = 10,
 ) -> str:  # fmt: skip
     """The definition. `disks` by target name (see `wanted_disks`), `addresses` the MACs of its cards in order. A read
     of an overlay's view waits for `reconnect` seconds when nobody answers, before QEMU stops the guest (libvirt 9.0
     knows no such time: at once); the guest's own drivers give a request up after 30 s. `of_a_domain`: another domain
-    has this definition, so what two cannot share is left to libvirt.
+    has this definition, so what two cannot share is left to libvirt. Without a medium it starts from its first disk.
 
     Raises NotSupported when `xml` is no definition of a domain, or has no place for the medium.
     """
@@ -223,8 +223,8 @@ def _drop_host_paths(root: ET.Element) -> None:
             _drop(element, "source")
 
 
-def _boot_from(root: ET.Element, medium: Path) -> None:
-    """A CD with the medium before everything else."""
+def _boot_from(root: ET.Element, medium: Path | None) -> None:
+    """A CD with the medium before everything else, then the first disk."""
     system = root.find("os")
     devices = root.find("devices")
     assert devices is not None
@@ -232,6 +232,14 @@ def _boot_from(root: ET.Element, medium: Path) -> None:
         _drop(system, "boot", "kernel", "initrd", "cmdline", "bootmenu")
     for element in root.findall("devices/*"):
         _drop(element, "boot")
+    if medium is not None:
+        _add_drive(root, devices, medium)
+    if disks := _hard_disks(root):
+        ET.SubElement(disks[0], "boot", order="1" if medium is None else "2")
+
+
+def _add_drive(root: ET.Element, devices: ET.Element, medium: Path) -> None:
+    system = root.find("os")
     q35 = system is not None and "q35" in _get(system, "type", "machine")
     bus = "sata" if q35 else "ide"
     controller, channel, unit, name = _free_place(root, bus)
@@ -243,8 +251,6 @@ def _boot_from(root: ET.Element, medium: Path) -> None:
     place = {"controller": controller, "bus": channel, "target": 0, "unit": unit}
     ET.SubElement(element, "address", {"type": "drive", **{key: str(value) for key, value in place.items()}})
     ET.SubElement(element, "boot", order="1")
-    if disks := _hard_disks(root):
-        ET.SubElement(disks[0], "boot", order="2")
 
 
 def _free_place(root: ET.Element, bus: str) -> tuple[int, int, int, str]:

@@ -103,10 +103,33 @@ def test_what_a_killed_forget_left_is_not_taken_for_the_new_domain(tmp_path, mon
     )  # fmt: skip
     with pytest.raises(Enough), contextlib.ExitStack() as undo:
         starting._define(
-            session, undo, SimpleNamespace(id="p"), SimpleNamespace(disks=[]), [], "twin", "u", tmp_path, tmp_path,
-            None, [], 0, "",
+            session, undo, SimpleNamespace(id="p"), SimpleNamespace(disks=[]), [], "twin", "u", tmp_path,
+            starting.Way((), tmp_path), None, [], 0,
         )  # fmt: skip
     assert found == [({}, True)] and not hydrations.folder(home, "twin").exists()
+
+
+def test_a_change_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """Of a Windows: the domain is not even defined."""
+
+    def change(disks):
+        assert list(disks) == ["hda"] and disks["hda"].exists()
+        raise Enough
+
+    home = Home(tmp_path)
+    monkeypatch.setattr(hydrations, "launch", lambda *_: None)
+    monkeypatch.setattr(starting, "qemu_user", lambda _: (os.getuid(), os.getgid()))
+    monkeypatch.setattr(starting, "_overlay", lambda disk, *_: disk.path.touch())
+    session = SimpleNamespace(
+        home=home, uri="test:///", spec=SimpleNamespace(to_json=lambda: "{}"), settings_file=tmp_path
+    )  # fmt: skip
+    with pytest.raises(Enough), contextlib.ExitStack() as undo:
+        one = SimpleNamespace(disk="hda", map="m")
+        starting._define(
+            session, undo, SimpleNamespace(id="p"), SimpleNamespace(disks=[one]), ["sda"], "twin", "u", tmp_path,
+            starting.Way((), None, change=change), None, [], 0,
+        )  # fmt: skip
+    assert not hydrations.folder(home, "twin").exists()
 
 
 # --- what became of it ----------------------------------------------------------------------------------------------

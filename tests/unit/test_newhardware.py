@@ -165,3 +165,14 @@ def test_a_disk_with_the_loader_starts_first_also_without_the_drive():
     for more, wanted in ((card.format(1), ["sda", "net0"]), (card.format(4), ["sda", "net0"]), ("", [])):
         found = without_medium(text.format(more), "twin", MEDIUM, "sda")
         assert orders(found) == wanted
+
+
+def test_without_a_medium_it_starts_from_its_first_disk():
+    """A Windows: the target's own CD drive stays, and starts nothing."""
+    xml = """<domain><name>rack</name><os><type machine="pc">hvm</type><boot dev="cdrom"/></os><devices>
+    <disk device="cdrom"><target dev="hdc" bus="ide"/><boot order="1"/></disk>
+    <disk><source file="/old"/><target dev="sda" bus="sata"/></disk></devices></domain>"""
+    root = ET.fromstring(for_hardware(xml, "new", {"sda": NewDisk(Path("/new"), "vda")}, None, []))
+    drive, disk = root.findall("devices/disk")
+    assert drive.find("boot") is None and root.find("os/boot") is None
+    assert disk.find("boot").get("order") == "1" and disk.find("source").get("file") == "/new"

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         ImageTarget,
         ImageTemplate,
         ImageVerified,
+        ImageWindowsPlan,
     )
     from appliance.cli.records.protection import (
         Capture,
@@ -69,9 +70,9 @@ __all__ = [
     "DoctorCheck", "DoctorSummary", "DomainStatus", "Error", "ExitCode", "Export", "Forget", "ForgetSummary", "Gap",
     "Gc", "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageReader",
     "ImageRemoved", "ImageRunning", "ImageServed", "ImageSettled", "ImageStarted", "ImageStep", "ImageStreamed",
-    "ImageTarget", "ImageTemplate", "ImageVerified", "Initialised", "Key", "Lane", "LastGap", "Mark", "Paused",
-    "Point", "PointsSummary", "Problem", "Progress", "Protected", "Record", "Restored", "RevertPlan", "Reverted",
-    "Span", "Status", "Timeline", "Unprotected", "to_json",
+    "ImageTarget", "ImageTemplate", "ImageVerified", "ImageWindowsPlan", "Initialised", "Key", "Lane", "LastGap",
+    "Mark", "Paused", "Point", "PointsSummary", "Problem", "Progress", "Protected", "Record", "Restored", "RevertPlan",
+    "Reverted", "Span", "Status", "Timeline", "Unprotected", "to_json",
 ]  # fmt: skip
 
 _AREAS = {
@@ -82,7 +83,7 @@ _AREAS = {
     "image": (
         "ImageBuilt", "ImageDrivers", "ImageEvidence", "ImageFile", "ImagePlan", "ImageProfile", "ImageReader",
         "ImageRemoved", "ImageRunning", "ImageServed", "ImageSettled", "ImageStarted", "ImageStep", "ImageStreamed",
-        "ImageTarget", "ImageTemplate", "ImageVerified",
+        "ImageTarget", "ImageTemplate", "ImageVerified", "ImageWindowsPlan",
     ),
     "protection": (
         "Capture", "DaemonEvent", "DoctorCheck", "DoctorSummary", "DomainStatus", "Initialised", "LastGap", "Paused",

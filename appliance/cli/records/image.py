@@ -70,6 +70,28 @@ class ImageRemoved(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageWindowsPlan(Record):
+    type = "image-windows-plan"
+    domain: str
+    point: str
+    time: datetime
+    target: str
+    host: str
+    product: str
+    version: str
+    build: str
+    arch: str
+    firmware: str
+    volume: str
+    control_set: str
+    buildable: bool
+    experimental: bool
+    drivers: tuple[Mapping[str, str], ...]
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ImagePlan(Record):
     type = "image-plan"
     domain: str

@@ -124,8 +124,8 @@ def prepared(
 ) -> Iterator[Ready]:  # fmt: skip
     """The first half of `build`: the plan, and all that it was made of. Arguments and errors as there."""
     inventory = inventory or targets.find(session, target).inventory
-    chosen = templates.opened(session, template)
     with opened(session, domain, when, keys) as (point, guest):
+        chosen = templates.opened(session, template)  # not before: a Windows needs none
         client, unknown = _with_origin(guest.client, point)
         store = drivers.store_for(session, client.release)
         options = replace(options or Options(), identifiers=_identifiers(guest))

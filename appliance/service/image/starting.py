@@ -30,10 +30,12 @@ from appliance.restore import hydrations, streams
 from appliance.restore.newhardware import NewDisk, for_hardware, macs, wanted_disks
 from appliance.service import locks
 from appliance.service.elsewhere import choose
-from appliance.service.image import making, targets
+from appliance.service.image import making, targets, windows
 from appliance.service.image.sizes import Sizes
+from appliance.service.image.windows import Way
 from appliance.service.instant import resolve
 from appliance.service.session import Progress, Session, silent
+from images.guest.windows import IsWindows
 from images.model import Inventory
 from images.settle.choice import After
 
@@ -84,9 +86,11 @@ def start(
     `after` as for `making.build`; a new host name is that of the domain if none is chosen. `sizes` are bytes that disks
     of the point get instead of their own. `warned` gets the warnings before anything of the domain is there.
 
-    Raises AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition), DriversMissing,
-    ConfigError for a size of a disk that there is not, ImageError for one that is too small, NoSpace where the disks
-    cannot be filled, and what `making.build` raises: nothing is left then.
+    A Windows starts from its own disk, in which drivers that it has were told to start at boot. It is an experiment.
+
+    Raises NotForWindows, AlreadyExists (the name, the folder), NotSupported (a target without a libvirt definition),
+    DriversMissing, ConfigError for a size of a disk that there is not, ImageError for one that is too small, NoSpace
+    where the disks cannot be filled, and what `making.build` raises: nothing is left then.
     """
     with _alone(session, name), session.repository.session(f"start of {name}"):
         return _start(
@@ -134,17 +138,19 @@ def _start(
     fit.refuse_without_room(session.repository, folder, name)
     identity = str(uuid.uuid4())
     with ExitStack() as undo:
-        made = making.build(
-            session, domain, point.id, target, [_MEDIUM], folder, template, keys, inventory=inventory,
-            after=after.named(name), look=fit.look, machine=identity,
-        )  # fmt: skip
-        undo.callback(_remove, folder)
-        warnings = (*made.planned.plan.warnings, *shared)
+        try:
+            made = making.build(
+                session, domain, point.id, target, [_MEDIUM], folder, template, keys, inventory=inventory,
+                after=after.named(name), look=fit.look, machine=identity,
+            )  # fmt: skip
+            undo.callback(_remove, folder)
+            way = Way(made.planned.plan.warnings, made.built.files[_MEDIUM], made.settles)
+        except IsWindows as it:
+            way = windows.way(session, it, inventory, after, sizes, folder)
+            undo.callback(_remove, folder)
+        warnings = (*way.warnings, *shared)
         warned(warnings)
-        medium = made.built.files[_MEDIUM]
-        new = _define(
-            session, undo, point, fit, places, name, identity, folder, medium, found, addresses, rate, made.settles
-        )  # fmt: skip
+        new = _define(session, undo, point, fit, places, name, identity, folder, way, found, addresses, rate)
         new.start()
         undo.pop_all()
     return Started(
@@ -155,7 +161,7 @@ def _start(
 
 def _define(
     session: Session, undo: ExitStack, point: Point, fit: Sizes, places: Sequence[str], name: str, identity: str,
-    folder: Path, medium: Path, target: targets.Target, addresses: Sequence[str], rate: int, settles: str,
+    folder: Path, way: Way, target: targets.Target, addresses: Sequence[str], rate: int,
 ) -> Domain:  # fmt: skip
     """The domain, shut off, over a view that answers."""
     disks = fit.disks
@@ -167,7 +173,7 @@ def _define(
         new_disks[place] = NewDisk(path, one.disk, socket)
     order = hydrations.Order(
         name, identity, session.uri, point.id, session.spec.to_json(), {one.disk: one.map for one in disks},
-        {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder), settles,
+        {place: one.disk for place, one in zip(places, disks, strict=True)}, (uid, gid), rate, str(folder), way.settles,
     )  # fmt: skip
     undo.callback(hydrations.tidy, session.home, name)
     # What a forget left that was killed: its state would be taken for the new one's.
@@ -176,11 +182,13 @@ def _define(
     hydrations.launch(session.home, order, session.settings_file)
     for place, one in zip(places, disks, strict=True):
         _overlay(new_disks[place], one, fit, (uid, gid))
+    way.change({new.export: new.path for new in new_disks.values()})
     folder.chmod(0o711)  # QEMU's user passes through
-    medium.chmod(0o600)
-    os.chown(medium, uid, gid)
+    if way.medium is not None:
+        way.medium.chmod(0o600)
+        os.chown(way.medium, uid, gid)
     shared = target.inventory.source == "libvirt"
-    xml = for_hardware(target.definition, name, new_disks, medium, addresses, of_a_domain=shared)
+    xml = for_hardware(target.definition, name, new_disks, way.medium, addresses, of_a_domain=shared)
     new = session.hypervisor().define(_with_uuid(xml, identity))
     if not isinstance(new, Pulls):
         raise NotSupported(object=f"new domain {name!r}", reason="only libvirt can fill its disks while it runs")

@@ -20,6 +20,7 @@ from appliance.errors import (
     NoSpace,
     NoSuchTarget,
     NoSuchTemplate,
+    NotForWindows,
     NotSigned,
     TargetExists,
 )
@@ -27,11 +28,12 @@ from appliance.units import format_size
 
 if TYPE_CHECKING:
     from appliance.service.image.making import Planned
+    from appliance.service.image.windows import PlannedWindows
 
 __all__ = ["build_command", "plan_command"]
 
 
-@verb("plan", *GUEST, NoSuchTarget, NoSuchTemplate, DriversMissing)
+@verb("plan", *GUEST, NoSuchTarget, NoSuchTemplate, DriversMissing, NotForWindows)
 @domain_argument()
 @when_option
 @target_option
@@ -48,15 +50,46 @@ def plan_command(
     With --settle and its like also what the guest lacks for that.
 
     Where a driver is missing that has to be there the plan ends as `build` would: refused, with the list.
+
+    Of a Windows it tells which of its own drivers would start at boot, for `image start`: an experiment.
     """
-    from appliance.service.image import making
+    from appliance.service.image import making, windows
     from images.drivers.plan import refuse_if_missing
+    from images.drivers.windows import refuse
+    from images.guest.windows import IsWindows
 
     with context.session() as session:
         keys = luks_keys(luks_key)
-        planned = making.plan(session, domain, when, target, template, keys, after=chosen(after))
+        try:
+            planned = making.plan(session, domain, when, target, template, keys, after=chosen(after))
+        except IsWindows as found:
+            other = windows.planned(session, domain, when, target, found, chosen(after))
+            _emit_windows(context, other)
+            refuse(other.plan)
+            return
     _emit_plan(context, planned, all_of)
     refuse_if_missing(planned.plan)
+
+
+def _emit_windows(context: Context, planned: PlannedWindows) -> None:
+    plan, it = planned.plan, planned.plan.windows
+    rows = [(row.driver or "-", row.answer.value, row.reason) for row in plan.rows]
+    wide = max((len(row[0]) for row in rows), default=0)
+    system = " ".join(word for word in (it.name, it.version, it.build and f"build {it.build}", it.arch) if word)
+    lines = [f"{it.host or planned.domain} at {clock(planned.time)}: {system}, for {plan.inventory.name}"]
+    lines += [f"  {name:{wide}}  {answer:8}  {reason}" for name, answer, reason in rows]
+    lines += [f"refused: {one}" for one in plan.reasons]
+    lines += [f"warning: {one}" for one in plan.warnings]
+    drivers = tuple(
+        {"driver": row.driver, "verdict": row.answer.value, "device": row.device, "reason": row.reason}
+        for row in plan.rows
+    )
+    record = records.ImageWindowsPlan(
+        planned.domain, planned.point, planned.time, plan.inventory.name, it.host, it.name, it.version, it.build,
+        it.arch, plan.firmware.value, it.volume, it.control_set, not plan.reasons, True, drivers, plan.reasons,
+        plan.warnings,
+    )  # fmt: skip
+    context.output.emit(record, "\n".join(lines))
 
 
 def _emit_plan(context: Context, planned: Planned, all_of: bool) -> None:

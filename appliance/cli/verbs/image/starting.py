@@ -23,6 +23,7 @@ from appliance.errors import (
     NoSpace,
     NoSuchTarget,
     NoSuchTemplate,
+    NotForWindows,
     NotSigned,
     NotSupported,
     RestoreError,
@@ -33,8 +34,8 @@ from appliance.units import format_duration
 __all__ = ["start_command"]
 
 
-@verb("start", *GUEST, ConnectError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotSigned, AlreadyExists,
-      TargetExists, NotSupported, ImageError, RestoreError, Locked, NoSpace)  # fmt: skip
+@verb("start", *GUEST, ConnectError, NoSuchTarget, NoSuchTemplate, DriversMissing, NotForWindows, NotSigned,
+      AlreadyExists, TargetExists, NotSupported, ImageError, RestoreError, Locked, NoSpace)  # fmt: skip
 @domain_argument()
 @when_option
 @target_option
@@ -57,6 +58,9 @@ def start_command(
 
     What it reads comes from the repository until its own disks are filled, which goes on beside it. DOMAIN itself is
     not touched and need not exist any more. It starts from the medium in DIR.
+
+    A Windows starts from its own new disk, where those of its drivers that the target needs start at boot. This is an
+    experiment and never promised: `image plan` tells what of it would be refused.
     """
     from appliance.service.image import starting
 
