@@ -156,7 +156,7 @@ get_room (struct journal *journal, struct segment *segment, uint64_t room)
 }
 
 /* Writers are ahead of the keeper, who gives them the next segment: past what the file system promised for this one a
- * write may fail, and its place in the journal would be a hole. What cannot be had is a full disk. As extend.
+ * write may fail, and its place in the journal would be a hole. What cannot be had is a full disk, for a while. As extend.
  */
 static void
 extend_ahead (struct journal *journal, uint64_t need)
@@ -165,7 +165,9 @@ extend_ahead (struct journal *journal, uint64_t need)
   const uint64_t room = segment_size (segment) + sizeof (struct index_entry) + need + RESERVE;
   int result;
 
-  if (journal->no_room || room <= segment->room || journal->state == STATE_FAILED)
+  if (room <= segment->room || journal->state == STATE_FAILED
+      || journal_used (journal) + need + RESERVE > journal->settings.spool_limit
+      || (journal->no_room && now_ns (CLOCK_MONOTONIC) < journal->no_room_until))
     return;
   segment->writing++; /* so that it is not sealed meanwhile */
   result = get_room (journal, segment, room + journal->settings.segment_size / 8);
@@ -174,8 +176,10 @@ extend_ahead (struct journal *journal, uint64_t need)
   segment->writing--;
   if (segment != journal->current)
     pthread_cond_signal (&journal->work_for_keeper);
-  else if (result == -1)
+  else if (result == -1) {
     journal->no_room = true;
+    journal->no_room_until = now_ns (CLOCK_MONOTONIC) + RETRY_NS;
+  }
 }
 
 /* Sequence number, time and place of a record. -1 and errno: it got none. */
@@ -500,12 +504,21 @@ extend_spare (struct journal *journal)
   const uint64_t taken = journal_used (journal) + current, left = taken < limit ? limit - taken : 0;
   struct spare spare = journal->spare;
 
-  if (journal->no_room || spare.fd == -1)
+  if (spare.fd == -1)
     return;
   pthread_mutex_unlock (&journal->lock);
   segment_promise (spare.fd, most < left ? most : left, &spare.room);
   pthread_mutex_lock (&journal->lock);
   journal->spare = spare;
+}
+
+/* The current segment comes first: what little there is must not go to the next one. */
+static void
+extend_both (struct journal *journal)
+{
+  extend (journal);
+  if (!journal->no_room)
+    extend_spare (journal);
 }
 
 /* There is a file for the next segment, with all its room if that is to be had. As extend; -1 and errno: none. */
@@ -567,8 +580,7 @@ rotate (struct journal *journal)
   journal->spare = spare;
   if (error != 0)
     fail (journal, error, "naming a segment");
-  extend (journal);
-  extend_spare (journal);
+  extend_both (journal);
   return true;
 }
 
@@ -625,8 +637,7 @@ keep (struct journal *journal)
     return seal_oldest (journal);
   if (is_due (journal, now_ns (CLOCK_MONOTONIC)))
     return rotate (journal);
-  extend (journal);
-  extend_spare (journal);
+  extend_both (journal);
   return !journal->no_room;
 }
 

@@ -69,6 +69,7 @@ struct journal {
   struct segment *oldest, *current; /* unsealed, a list */
   struct spare spare;
   bool no_room;          /* the current segment did not get all its room: what it has is a bound */
+  int64_t no_room_until; /* a writer need not ask for more before that */
   struct unfinished *first_unfinished, *last_unfinished;
   struct sealed *sealed;
   size_t n_sealed, sealed_room;
