@@ -132,7 +132,6 @@ class Scene:
             time.sleep(0.15 * self.chance.random())
             self.disk.go_on()
             time.sleep(0.05)
-        return None
 
     def domain_destroyed(self):
         libvirt.virsh("destroy", self.guest.name)
