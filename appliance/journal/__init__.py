@@ -3,6 +3,7 @@
     Journal      a spool folder: records from any number, marks, sessions, holes, `verify`
     latest       the newest content of every chunk touched between two numbers;  pieces: of one range
     Segment      one file of it
+    bursts       when the bytes of a segment were written
     Control      status, marks, sealing and forgetting, asked of the process that writes
 
 Names are loaded when they are first used: each verb asks for the state of a capture, few read a journal.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from appliance.journal.bursts import bursts
     from appliance.journal.control import Control, Mark, State
     from appliance.journal.journal import Journal, Part, Problem, Session, forget
     from appliance.journal.latest import Piece, Touched, latest, pieces
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Journal", "latest", "pieces", "Control", "Segment", "Record", "Kind", "Part", "Session", "Mark", "State", "Piece",
-    "Touched", "Problem", "Disk", "Entry", "Header", "Footer", "forget",
+    "Touched", "Problem", "Disk", "Entry", "Header", "Footer", "bursts", "forget",
 ]  # fmt: skip
 
 _MODULES = {
+    "bursts": ("bursts",),
     "control": ("Control", "Mark", "State"),
     "journal": ("Journal", "Part", "Problem", "Session", "forget"),
     "latest": ("Piece", "Touched", "latest", "pieces"),
@@ -40,6 +43,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     module = import_module(f"{__name__}.{_HOMES[name]}")
-    if _HOMES[name] == "latest":
-        globals()["latest"] = module.latest  # else it is the module from now on, which has the same name
+    if _HOMES[name] == name:
+        globals()[name] = getattr(module, name)  # else it is the module from now on, which has the same name
     return getattr(module, name)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from appliance.journal import Journal, Segment
     from appliance.service.session import Session
     from appliance.timeline.catalogue import Summary
+    from appliance.timeline.spans import CapturedSpan
 
 __all__ = ["Timeline", "timeline"]
 
@@ -28,6 +29,8 @@ __all__ = ["Timeline", "timeline"]
 _DAY = timedelta(days=1)
 _ENDLESS = 1 << 63
 _SHORTEST = timedelta(seconds=1)
+# A capture that runs is looked at every second; this much later it is still taken for one that runs.
+_LATE_LOOK = timedelta(seconds=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,13 @@ def timeline(
     if end - start < _SHORTEST:
         raise ConfigError(reason=f"there is nothing between {start.isoformat()} and {end.isoformat()}")
     notes: list[str] = []
-    flows, marks = _journal(session.home.spool(uuid), start, notes)
+    spool = session.home.spool(uuid)
+    flows, marks = _journal(spool, start, (end - start) / buckets, notes)
     known = Known(
         points, session.repository.timelines(uuid), reachable(spans, points, _held(session, uuid)),
         missing(points, record.every if record else None, spans, bool(record and record.continuous), moment),
         ledger.branches(), ledger.events(), flows, marks, _lived(session, uuid, record),
+        _covered(spool, spans, moment),
     )  # fmt: skip
     story = tell(known, start, end, buckets)
     standing = capturing(session, record, points, moment) if record else None
@@ -106,6 +111,30 @@ def _held(session: Session, uuid: str) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
+def _covered(spool: Path, spans: list[CapturedSpan], now: datetime) -> list[tuple[datetime, datetime]]:
+    """Times of which the journal here tells all: where it says nothing, nothing was written."""
+    from appliance.journal import Journal
+
+    if not spool.is_dir():
+        return []
+    with Journal(spool) as journal:
+        name, part = next(_headers(journal), None), next(iter(journal.parts), None)
+        if name is None or part is None:
+            return []
+        try:
+            begun = _moment(journal.open(part).header.wall_ns)
+        except (SegmentCorrupt, SequenceMissing):
+            return []  # told where its bytes are counted, or gone meanwhile
+    found = []
+    for one in spans:
+        end = min(now, one.end + _LATE_LOOK) if one.open else one.end
+        whole = part.first <= one.first + 1
+        if one.journal == name and (whole or one.open or one.last >= part.first):
+            start = one.start if whole else max(one.start, begun)
+            found.append((start, max(start, end)))
+    return found
+
+
 def _headers(journal: Journal) -> Iterator[str]:
     """The journal's id: one folder has one."""
     for part in reversed(journal.parts):
@@ -115,18 +144,32 @@ def _headers(journal: Journal) -> Iterator[str]:
             continue  # told where its bytes are counted, or gone meanwhile
 
 
-def _journal(spool: Path, since: datetime, notes: list[str]) -> tuple[list[Flow], list[Mark]]:
+def _journal(
+    spool: Path, since: datetime, grain: timedelta, notes: list[str]
+) -> tuple[list[Flow], list[Mark]]:  # fmt: skip
     """Bytes and marks of the journal's segments that were written to after `since`; the rest is not opened."""
     flows: list[Flow] = []
     marks: list[Mark] = []
     for segment in _segments(spool, since, notes):
-        if (flow := _flow(segment)) is not None:
-            flows.append(flow)
-        journal = segment.header.journal.hex()
-        for entry in segment.entries(""):
-            record = segment.record(entry.position, entry.sequence)
-            marks.append(Mark(record.time, record.label, journal, record.sequence))
+        try:
+            flows += _flows(segment, grain)
+            marks += _marks(segment)
+        except SegmentCorrupt as error:
+            notes.append(error.message)
     return flows, marks
+
+
+def _flows(segment: Segment, grain: timedelta) -> list[Flow]:
+    from appliance.journal import bursts
+
+    parts = bursts(segment, int(grain.total_seconds() * 1e9))
+    return [Flow(_moment(first), _moment(last), size) for first, last, size in parts]
+
+
+def _marks(segment: Segment) -> list[Mark]:
+    name = segment.header.journal.hex()
+    found = (segment.record(entry.position, entry.sequence) for entry in segment.entries(""))
+    return [Mark(one.time, one.label, name, one.sequence) for one in found]
 
 
 def _segments(spool: Path, since: datetime, notes: list[str]) -> Iterator[Segment]:
@@ -143,17 +186,6 @@ def _segments(spool: Path, since: datetime, notes: list[str]) -> Iterator[Segmen
             continue  # sealed or forgotten meanwhile
         except SegmentCorrupt as error:
             notes.append(error.message)
-
-
-def _flow(segment: Segment) -> Flow | None:
-    """A sealed one says it in its footer; of one that is not, the file's length and age are as good."""
-    if segment.footer is not None:
-        first, last = segment.footer.wall_first_ns, segment.footer.wall_last_ns
-        return Flow(_moment(min(first, last)), _moment(max(first, last)), segment.footer.payload)
-    size = segment.path.stat()
-    written = size.st_size - segment.header.length
-    end = datetime.fromtimestamp(size.st_mtime, UTC)
-    return Flow(min(_moment(segment.header.wall_ns), end), end, written) if segment.last else None
 
 
 def _moment(wall_ns: int) -> datetime:

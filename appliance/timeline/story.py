@@ -4,9 +4,9 @@
     spans, gaps          ├─► Story ─►      buckets  how much was written in each of N equal parts of the time
     journal's segments  ─┘                 the rest as it was, cut to the window
 
-How much was written is what the journal's segments say; where there are none, what each point differs from the one
-before it, spread over the time between the two: the least that was written, since a block that changes twice counts
-once.
+How much was written is what the journal's segments say, and nothing where it was kept and says nothing; where there is
+none, what each point differs from the one before it, spread over the time between the two: the least that was written,
+since a block that changes twice counts once.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """All that is known of a domain's past, in any order; `flows` are the journal's, `lived` are timelines that are
-    known to have been the present though there may be no point on them."""
+    """All that is known of a domain's past, in any order; `flows` are the journal's, `covered` the times of which it
+    tells all, `lived` are timelines that are known to have been the present though there may be no point on them."""
 
     points: Sequence[Summary]
     timelines: Sequence[Timeline] = ()
@@ -57,6 +57,7 @@ class Known:
     flows: Sequence[Flow] = ()
     marks: Sequence[Mark] = ()
     lived: Sequence[str] = ()
+    covered: Sequence[tuple[datetime, datetime]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ def _origins(known: Known) -> dict[str, tuple[datetime, str | None, str | None]]
 def _buckets(known: Known, since: datetime, until: datetime, count: int) -> list[Bucket]:
     length = (until - since) / count
     written, differs = _spread(known.flows, since, length, count), _spread(_changes(known.points), since, length, count)
-    seen = _touched(known.flows, since, length, count)
+    seen = _touched(known, since, length, count)
     # The sums are rounded and not the parts, so that the parts add up.
     sums = [0, *(round(one) for one in accumulate(written[n] if n in seen else differs[n] for n in range(count)))]
     seconds = length.total_seconds()
@@ -219,10 +220,13 @@ def _spread(flows: Iterable[Flow], since: datetime, length: timedelta, count: in
     return found
 
 
-def _touched(flows: Iterable[Flow], since: datetime, length: timedelta, count: int) -> set[int]:
-    """The buckets of which the journal tells: from its first to its last instant in the window, as one."""
-    spans = [((one.start - since) / length, (max(one.end, one.start) - since) / length) for one in flows]
-    inside = [(low, high) for low, high in spans if high >= 0 and low < count]
-    if not inside:
-        return set()
-    return set(range(max(0, int(min(low for low, _ in inside))), min(count, int(max(high for _, high in inside)) + 1)))
+def _touched(known: Known, since: datetime, length: timedelta, count: int) -> set[int]:
+    """The buckets of which the journal tells: what it covers, and from its first to its last write in the window."""
+    end = since + count * length
+    flows = [(one.start, max(one.end, one.start)) for one in known.flows]
+    inside = [(start, stop) for start, stop in flows if stop >= since and start < end]
+    whole = [(min(start for start, _ in inside), max(stop for _, stop in inside))] if inside else []
+    found: set[int] = set()
+    for start, stop in (*whole, *known.covered):
+        found |= set(range(max(0, int((start - since) / length)), min(count, int((stop - since) / length) + 1)))
+    return found

@@ -988,6 +988,30 @@ def test_timeline_tells_everything_as_lines(web):
     assert last["capture"]["last_gap"]["reason"] == "the capture has not been seen to run since"
 
 
+def test_timeline_tells_when_something_was_written_and_invents_nothing(web):
+    """The blocks that points differ in are not spread over times of which the journal says that nothing was written."""
+    put_capture(web.home)
+    window = ("--since", "2026-03-01T12:01:00Z", "--until", "2026-03-01T12:04:00Z")
+    found = [one for one in web.json("timeline", "web", *window) if one["type"] == "bucket"]
+    told = {one["start"][11:19]: one["bytes"] for one in found if one["exact"] and one["bytes"]}
+    assert sum(told.values()) == 40960 + len("before the migration")
+    assert min(told) >= "12:03:16" and max(told) <= "12:03:28", told
+    captured = [one for one in found if "12:02:30" <= one["start"][11:19] < "12:04:00"]
+    assert len(captured) > 20 and all(one["exact"] for one in captured)
+
+
+def test_timeline_takes_no_promised_room_for_writes(web):
+    """The segment that is being written is as long as what was promised to it."""
+    put_capture(web.home)
+    sealed = next(Home(web.home).spool(UUID).iterdir())
+    scribe = Scribe(sealed.parent, {"vda": SIZE}, bytes.fromhex(TAPPED), wall=int(START.timestamp() + 230) * 10**9)
+    scribe.sequence = 300
+    scribe.write("vda", 0, b"x" * 4096)
+    os.truncate(scribe.leave_open(), 1 << 20)
+    found = web.json("timeline", "web", "--since", "2026-03-01T12:03:40Z", "--until", "2026-03-01T12:04:00Z")
+    assert sum(one["bytes"] for one in found if one["type"] == "bucket") == 4096
+
+
 def test_timeline_for_a_person(web):
     """The same as a drawing, in the width that was asked for."""
     put_capture(web.home)
