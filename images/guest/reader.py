@@ -125,13 +125,18 @@ class ConfinedTree:
         try:
             found = self._ask({"do": "windows", "volume": volume})
             return None if found is None else Windows.model_validate(found)
+        except FileNotFoundError as error:  # what a damaged hive may lead to
+            raise self._end("its reader misses a file of its Windows") from error
         except ValidationError as error:
             raise self._end(f"its reader tells no Windows: {error.errors()[0]['msg']}") from error
 
     def start_at_boot(self, volume: str, control_set: str, names: Sequence[str]) -> None:
         """Have Windows start these drivers with its kernel, on disks that may be written. It is the last thing that is
         asked; only when it returns has all of it reached the disks' servers."""
-        self._ask({"do": "start_at_boot", "volume": volume, "control_set": control_set, "names": [*names]})
+        try:
+            self._ask({"do": "start_at_boot", "volume": volume, "control_set": control_set, "names": [*names]})
+        except FileNotFoundError as error:
+            raise self._end("its reader misses a file of its Windows") from error
 
     # --- Tree ---
 

@@ -6,6 +6,8 @@ it. `Hives` are the functions of a GuestFS handle that are used here. Sizes are 
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +29,8 @@ _TEXT = 128
 _DWORD = 4
 # Of `ntfs-3g.probe`; its others are of no file system that could be used.
 _STATES = {0: "clean", 14: "hibernated", 15: "unclean"}
-_ABSENT = "no file or directory found with this name"
+# What libguestfs says of a path of which not even the folder is there; it has no errno of its own for it.
+_ABSENT = ("not found", "no file or directory found with this name", os.strerror(errno.ENOENT))
 
 
 class Hives(Protocol):
@@ -169,7 +172,7 @@ def _file(handle: Any, path: str) -> str | None:
     try:
         found: str = handle.case_sensitive_path(path)
     except RuntimeError as error:
-        if _ABSENT in str(error):
+        if str(error).endswith(_ABSENT):
             return None
         raise
     return found if handle.is_file(found) else None

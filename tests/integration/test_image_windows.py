@@ -135,7 +135,7 @@ def test_what_cannot_start_is_refused_with_every_reason(rewind, libvirt_images, 
             assert reason in error["message"]
         more = ("--at", "asleep", "--target", "nvme", "--into", folder)
         error = rewind("image", "build", "win", *more, code=65)[-1]
-        assert "it is Windows 10 Pro, on hda1, and this is for Linux guests" in error["message"]
+        assert "it is Windows 10 Pro, on hda2, and this is for Linux guests" in error["message"]
         assert not folder.exists()
     finally:
         libvirt.virsh("undefine", "win")

@@ -121,7 +121,7 @@ def software(path: Path, product: str = "Windows 10 Pro", version: tuple[int, in
 
 
 def windows(disk: Path, services: Mapping[str, int], *, hibernated: bool = False) -> Path:
-    """A disk (MBR, NTFS) with these services, each with its driver's file."""
+    """A disk (MBR, NTFS) with these services, each with its driver's file; before it the partition that setup makes."""
     with tempfile.TemporaryDirectory(prefix="windows-") as name:
         folder = Path(name)
         files = {
@@ -134,7 +134,8 @@ def windows(disk: Path, services: Mapping[str, int], *, hibernated: bool = False
         if hibernated:
             (folder / "hiberfil.sys").write_bytes(b"HIBR" + bytes(8188))
             files["hiberfil.sys"] = folder / "hiberfil.sys"
-        return partitioned(disk, [("7", ntfs(folder / "ntfs.raw", files))])
+        reserved = ntfs(folder / "reserved.raw", {"Boot/BCD": driver}, 8 * MiB)
+        return partitioned(disk, [("7", reserved), ("7", ntfs(folder / "ntfs.raw", files))])
 
 
 def ntfs(image: Path, files: Mapping[str, Path], size: int = 48 * MiB) -> Path:

@@ -10,7 +10,8 @@ import pytest
 
 from appliance.errors import GuestUnreadable
 from images.guest import _tell_windows
-from images.guest.registry import read_hives, set_boot_start
+from images.guest.reader import ConfinedTree
+from images.guest.registry import read_hives, set_boot_start, windows_on
 from images.guest.signature import recognise
 from images.guest.volumes import Volume
 from images.guest.windows import IsWindows, Windows, firmware_of
@@ -129,3 +130,41 @@ def test_the_firmware_is_told_by_the_partitions():
 
 def test_nothing_that_it_tells_drives_a_terminal():
     assert Windows(**_FACTS, product="Windows\x1b[2J").product == "Windows?[2J"
+
+
+class OnData:
+    """libguestfs with an NTFS that has no folder of Windows."""
+
+    def umount_all(self):
+        pass
+
+    def ntfs_3g_probe(self, _rw, _device):
+        return 0
+
+    def mount_ro(self, _device, _where):
+        pass
+
+    def case_sensitive_path(self, path):
+        raise RuntimeError(f"case_sensitive_path: {path.split('/')[1]}: not found")
+
+
+def test_a_data_disk_and_the_partition_before_windows_are_none():
+    """Or the real one, which comes after, would not be looked at."""
+    assert windows_on(OnData(), "/dev/sda1") is None
+
+
+def test_a_file_that_a_hive_led_to_and_is_not_there_is_a_refusal(monkeypatch):
+    tree = object.__new__(ConfinedTree)
+    monkeypatch.setattr(ConfinedTree, "_ask", raiser(FileNotFoundError("x")))
+    monkeypatch.setattr(ConfinedTree, "_end", lambda _, reason: GuestUnreadable(what="the point", reason=reason))
+    with pytest.raises(GuestUnreadable):
+        tree.windows("vda1")
+    with pytest.raises(GuestUnreadable):
+        tree.start_at_boot("vda1", "ControlSet001", ["storahci"])
+
+
+def raiser(error):
+    def fail(*_):
+        raise error
+
+    return fail
