@@ -124,7 +124,7 @@ answer_status (struct answer *answer, struct journal *journal)
   memcpy (disks, journal->disks, journal->origin.n_disks * sizeof *disks);
   written = journal_written (journal);
   used = journal_used (journal);
-  oldest = journal->first_unfinished != NULL ? journal->first_unfinished->begun : 0;
+  oldest = journal_waiting_since (journal);
   first = journal->n_sealed > 0 ? journal->sealed[0].first : journal->oldest->floor;
   pthread_mutex_unlock (&journal->lock);
 

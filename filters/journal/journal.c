@@ -31,9 +31,35 @@
 uint64_t
 journal_written (const struct journal *journal)
 {
-  uint64_t written = journal->first_unfinished != NULL ? journal->first_unfinished->sequence - 1 : journal->last;
+  uint64_t written = journal->unfinished.oldest != NULL ? journal->unfinished.oldest->sequence - 1 : journal->last;
 
   return journal->hole != 0 && journal->hole <= written ? journal->hole - 1 : written;
+}
+
+int64_t
+journal_waiting_since (const struct journal *journal)
+{
+  const int64_t placed = journal->unfinished.oldest != NULL ? journal->unfinished.oldest->begun : INT64_MAX;
+  const int64_t placeless = journal->placeless.oldest != NULL ? journal->placeless.oldest->begun : INT64_MAX;
+  const int64_t first = placed < placeless ? placed : placeless;
+
+  return first == INT64_MAX ? 0 : first;
+}
+
+static void
+enqueue (struct queue *queue, struct unfinished *me)
+{
+  me->newer = NULL;
+  me->older = queue->newest;
+  *(me->older ? &me->older->newer : &queue->oldest) = me;
+  queue->newest = me;
+}
+
+static void
+dequeue (struct queue *queue, struct unfinished *me)
+{
+  *(me->older ? &me->older->newer : &queue->oldest) = me->newer;
+  *(me->newer ? &me->newer->older : &queue->newest) = me->older;
 }
 
 uint64_t
@@ -156,10 +182,11 @@ get_room (struct journal *journal, struct segment *segment, uint64_t room)
 }
 
 /* Writers are ahead of the keeper, who gives them the next segment: past what the file system promised for this one a
- * write may fail, and its place in the journal would be a hole. What cannot be had is a full disk, for a while. As extend.
+ * write may fail, and its place in the journal would be a hole. What cannot be had is a full disk, for a while. As extend;
+ * the watchdog sees that the record waits.
  */
 static void
-extend_ahead (struct journal *journal, uint64_t need)
+extend_ahead (struct journal *journal, uint64_t need, struct unfinished *me)
 {
   struct segment *segment = journal->current;
   const uint64_t room = segment_size (segment) + sizeof (struct index_entry) + need + RESERVE;
@@ -169,10 +196,13 @@ extend_ahead (struct journal *journal, uint64_t need)
       || journal_used (journal) + need + RESERVE > journal->settings.spool_limit
       || (journal->no_room && now_ns (CLOCK_MONOTONIC) < journal->no_room_until))
     return;
+  me->begun = now_ns (CLOCK_MONOTONIC);
+  enqueue (&journal->placeless, me);
   segment->writing++; /* so that it is not sealed meanwhile */
   result = get_room (journal, segment, room + journal->settings.segment_size / 8);
   if (result == -1)
     await_rotation (journal, segment);
+  dequeue (&journal->placeless, me);
   segment->writing--;
   if (segment != journal->current)
     pthread_cond_signal (&journal->work_for_keeper);
@@ -217,11 +247,9 @@ reserve (struct journal *journal, struct record_header *record, struct unfinishe
   if (segment->tail >= journal->settings.segment_size && segment->tail - need < journal->settings.segment_size)
     pthread_cond_signal (&journal->work_for_keeper);
   me->sequence = record->sequence;
-  me->begun = record->mono;
-  me->newer = NULL;
-  me->older = journal->last_unfinished;
-  *(me->older ? &me->older->newer : &journal->first_unfinished) = me;
-  journal->last_unfinished = me;
+  if (me->begun == 0)
+    me->begun = record->mono;
+  enqueue (&journal->unfinished, me);
   if (journal->undurable_since == 0)
     journal->undurable_since = record->mono;
   return 0;
@@ -250,8 +278,7 @@ static int
 finish (struct journal *journal, const struct record_header *record, struct unfinished *me, struct segment *segment,
         int error)
 {
-  *(me->older ? &me->older->newer : &journal->first_unfinished) = me->newer;
-  *(me->newer ? &me->newer->older : &journal->last_unfinished) = me->older;
+  dequeue (&journal->unfinished, me);
   segment->writing--;
   segment->dirty = true; /* not earlier: a sync that began before the write was there does not count */
   if (segment->writing == 0 && segment != journal->current)
@@ -299,14 +326,14 @@ journal_append (struct journal *journal, enum kind kind, uint16_t disk, uint64_t
   struct record_header record = {
     .magic = RECORD_MAGIC, .offset = offset, .length = length, .disk = disk, .kind = (uint8_t)kind, .flags = flags,
   };
-  struct unfinished me;
+  struct unfinished me = { .begun = 0 };
   struct segment *segment;
   uint64_t position;
   int result;
 
   pthread_mutex_lock (&journal->lock);
   if (kind <= KIND_TRIM)
-    extend_ahead (journal, sizeof record + record_payload (&record));
+    extend_ahead (journal, sizeof record + record_payload (&record), &me);
   result = reserve (journal, &record, &me, &segment, &position);
   pthread_mutex_unlock (&journal->lock);
   if (result == -1)

@@ -40,11 +40,15 @@ struct sealed {
   uint64_t first, last, bytes;
 };
 
-/* A record that has a place and is not written yet. On the stack of its writer. */
+/* A record that is not written yet, with its place (and then its number), or without. On the stack of its writer. */
 struct unfinished {
   struct unfinished *older, *newer;
   uint64_t sequence;
   int64_t begun;
+};
+
+struct queue {
+  struct unfinished *oldest, *newest;
 };
 
 struct journal {
@@ -70,7 +74,8 @@ struct journal {
   struct spare spare;
   bool no_room;          /* the current segment did not get all its room: what it has is a bound */
   int64_t no_room_until; /* a writer need not ask for more before that */
-  struct unfinished *first_unfinished, *last_unfinished;
+  struct queue unfinished; /* have a place */
+  struct queue placeless;  /* wait for room in the segment */
   struct sealed *sealed;
   size_t n_sealed, sealed_room;
   uint64_t sealed_bytes;
@@ -88,6 +93,9 @@ struct journal {
   pthread_t committer, keeper;
   bool running;
 };
+
+/* With the lock held: since when the oldest record waits to be written; 0: none does. */
+int64_t journal_waiting_since (const struct journal *journal);
 
 /* Lock the spool, recover what an earlier process left, begin a new segment. Errors are reported to nbdkit; -1 then. */
 int journal_open (struct journal *journal);
