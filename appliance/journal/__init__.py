@@ -43,6 +43,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     module = import_module(f"{__name__}.{_HOMES[name]}")
-    if _HOMES[name] == name:
-        globals()[name] = getattr(module, name)  # else it is the module from now on, which has the same name
+    if (home := _HOMES[name]) in _HOMES:
+        globals()[home] = getattr(module, home)  # else it is the module from now on, which has the same name
     return getattr(module, name)
