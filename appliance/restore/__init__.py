@@ -5,6 +5,7 @@
     patch        the qcow2 that sends reads of differing blocks to a view
     revert       the running domain back to a point, by moving only what differs:
                  precopy ─► switching ─► drive, which has retrieval move it
+    neighbours   what other homes of this host have half-way
     fence        nobody starts a domain whose disk is half-way
     keeper       keeps a revert's view alive
     hydrations   domains that run from a view, each by a process (hydrate) until its disks are filled

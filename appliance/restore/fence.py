@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import struct
 import tempfile
@@ -28,10 +29,12 @@ from appliance.config import Home
 from appliance.errors import FenceError
 
 __all__ = [
-    "FenceStatus", "ImageLock", "hook_path", "install", "put_up", "stands", "status", "take_down", "uninstall",
+    "FenceStatus", "ImageLock", "homes", "hook_path", "install", "put_up", "stands", "status", "take_down", "uninstall",
 ]  # fmt: skip
 
 _TEMPLATE = Path(__file__).with_name("libvirt-hook.sh")
+# How the template says whose a hook is.
+_NAMED = re.compile("installed by Rewind for its home (.*); `rewind doctor`")
 _DAEMONS = ("libvirtd", "virtqemud")
 
 # How QEMU locks images (block/file-posix.c of QEMU 2.10 and later): a process that does not want others to write
@@ -114,6 +117,19 @@ def status(home: Home, directory: Path) -> FenceStatus:
     return FenceStatus(
         path, True, False, "libvirt has not noticed its first hook yet: restart libvirtd (running guests go on)"
     )
+
+
+def homes(directory: Path) -> set[Path]:
+    """Whose hooks lie there. Never raises: what cannot be read names none."""
+    found = set()
+    for hook in (directory / "qemu.d").glob("50-rewind-*"):
+        try:
+            named = _NAMED.search(hook.read_text())
+            if named:
+                found.add(Path(shlex.split(named[1])[0]))
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 def _in_place(home: Home, path: Path) -> bool:

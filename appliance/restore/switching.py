@@ -20,7 +20,7 @@ from appliance.hypervisor.base import Disk, Monitor
 from appliance.hypervisor.graph import base, tap
 from appliance.hypervisor.graph import switching as graph
 from appliance.model import Point, Timeline
-from appliance.restore import fence, keeper, sidecar
+from appliance.restore import fence, keeper, neighbours, sidecar
 from appliance.restore import intent as intents
 from appliance.restore.chain import chains_of, make_overlay
 from appliance.restore.drive import Driver
@@ -130,6 +130,7 @@ class Switching:
 
     def _announce(self, intent: Intent) -> Intent:
         """From now on a revert is under way for everybody else."""
+        neighbours.announce(self._home)
         fence.put_up(self._home, intent.uuid)
         intents.save(self._home, intent)
         for disk in intent.disks:

@@ -11,8 +11,8 @@ A session belongs to one thread. `close` lets go of everything; nothing that run
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -208,12 +208,22 @@ class Session:
         """The one lock of a domain in this home; see `locks`. Raises Locked."""
         return locks.hold(self.home, uuid, domain, purpose, wait, self.say)
 
-    def claim(self, domain: Domain, purpose: str, wait: float = 0.0) -> AbstractContextManager[None]:
+    @contextmanager
+    def claim(self, domain: Domain, purpose: str, wait: float = 0.0) -> Iterator[None]:
         """The domain's block graph on this host, against other homes; see `hostlock`. Held inside `hold`. Raises
-        Locked."""
+        Locked, and RevertUnderWay where another home has left the disks half-way."""
         from appliance.hypervisor import hostlock
 
-        return hostlock.hold(hostlock.of_domain(domain), domain.name, self.home.path, purpose, wait, self.say)
+        names = hostlock.of_domain(domain)
+        with hostlock.hold(names, domain.name, self.home.path, purpose, wait, self.say):
+            self.refuse_half_way(names, domain.uuid, domain.name)
+            yield
+
+    def refuse_half_way(self, names: Sequence[str], uuid: str, domain: str) -> None:
+        """See `neighbours`; lasts no longer than the locks of these names are held."""
+        from appliance.restore import neighbours
+
+        neighbours.refuse_half_way(self.home, Path(self.settings.hook_directory), names, uuid, domain)
 
     def busy(self, uuid: str) -> str | None:
         """Who works on the domain now, in words."""

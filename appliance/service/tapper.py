@@ -36,7 +36,7 @@ from appliance.capture.latency import Latency
 from appliance.capture.protection import Protection
 from appliance.capture.tap import Recorder, Running
 from appliance.config import Home
-from appliance.errors import DomainBusy, JournalError, Locked, NoSpace, NotSupported, RewindError
+from appliance.errors import DomainBusy, JournalError, Locked, NoSpace, NotSupported, RevertUnderWay, RewindError
 from appliance.hypervisor.base import Disk, Domain, DomainState
 from appliance.process import alone, process_key
 from appliance.service.attached import Attached, Lost, chosen, find_domain, reverting
@@ -255,7 +255,7 @@ class Tapper:
                     raise NoSpace(url=str(recorder.spool), name="what the guest would write")
                 tap.insert(self._home, domain, disks, recorder)
                 qemu = process_key(domain.process().pid)
-        except Locked as error:
+        except (Locked, RevertUnderWay) as error:
             self._tell("waiting", error.message)
             return
         except NotSupported as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from appliance.errors import RevertUnderWay
+from appliance.hypervisor import hostlock
 from appliance.restore import intent
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ def cared_for(session: Session, uuid: str) -> bool:
 
 
 def refuse_if_under_way(session: Session, uuid: str, domain: str, held: bool = False) -> None:
-    """Raises RevertUnderWay with what to do: wait for whoever works on it, or resume it. `held`: we hold the domain,
-    so it is nobody's `rewind`."""
+    """Raises RevertUnderWay with what to do: wait for whoever works on it, or resume it; also when another home began
+    it. `held`: we hold the domain, so it is nobody's `rewind`."""
     try:
         intent.refuse_if_under_way(session.home, uuid, domain)
     except RevertUnderWay as error:
         raise RevertUnderWay(**error.fields, hint=_who_ends_it(session, uuid, domain, held)) from None
+    # Again when the domain is claimed; here, before its disks are asked for: what they say of the other's job is less.
+    session.refuse_half_way(hostlock.names_of(uuid, ()), uuid, domain)
 
 
 def _who_ends_it(session: Session, uuid: str, domain: str, held: bool) -> str:
