@@ -403,6 +403,29 @@ def test_a_disk_with_an_iothread_is_refused_where_it_could_fall_silent(version, 
     assert not disk.iothread and not disk.refusal
 
 
+class Fetching(Attached):
+    """A disk on the filter of a job, with a revert's view in the graph or not."""
+
+    def __init__(self, *names):
+        super().__init__(10, "")
+        self.names = ("top", *names)
+
+    def execute(self, command, /, **arguments):
+        if command != "query-named-block-nodes":
+            return super().execute(command, **arguments)
+        image = {"virtual-size": 1, "filename": "f"}
+        return [{"node-name": name, "drv": "commit_top", "ro": False, "image": image} for name in self.names]
+
+
+def test_a_disk_under_a_revert_is_told_from_one_under_a_backup():
+    """With the keeper dead the revert never ends by itself: to try again later would be no way on."""
+    with pytest.raises(DomainBusy) as revert:
+        survey(Fetching("rw-rv-v-vda"))
+    assert "a revert of vd0" in revert.value.message and "rewind resume" in revert.value.hint
+    with pytest.raises(DomainBusy, match="a backup or another block job works on vd0"):
+        survey(Fetching())
+
+
 class Pulled:
     """The monitor of a QEMU whose block-pull has ended and is dismissed after so many looks."""
 

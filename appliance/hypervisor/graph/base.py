@@ -27,7 +27,7 @@ from typing import Any
 from appliance.errors import DomainBusy, HypervisorError, LeftPaused, MonitorError
 from appliance.hypervisor.base import Disk, Monitor
 from appliance.hypervisor.graph import nodes, seat
-from appliance.hypervisor.graph.nodes import OURS, Graph
+from appliance.hypervisor.graph.nodes import OURS, REVERT, Graph
 from appliance.hypervisor.graph.seat import TAP, attach, attached
 from appliance.hypervisor.graph.survey import survey
 
@@ -37,7 +37,6 @@ __all__ = [
 ]  # fmt: skip
 
 EPOCH = "rw-ep"
-REVERT = "rw-rv"
 _HOLE = "rw-hole"
 
 # States in which the block graph belongs to somebody else.

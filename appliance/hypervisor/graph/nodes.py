@@ -17,11 +17,12 @@ from typing import Any
 from appliance.errors import DomainBusy
 from appliance.hypervisor.base import Monitor
 
-__all__ = ["OURS", "Bitmap", "Graph", "Node", "all_nodes", "devices", "edges", "major_version", "read"]
+__all__ = ["OURS", "REVERT", "Bitmap", "Graph", "Node", "all_nodes", "devices", "edges", "major_version", "read"]
 
 # Every node, job, bitmap and fd set of ours begins so. `rw-ep` is an epoch's, `rw-rv` a revert's, `rw-off` the storage
 # daemon's. QEMU allows 31 characters in a node name.
 OURS = "rw-"
+REVERT = "rw-rv"
 
 # Drivers that hand every request down to one child and are not a place where data lives.
 FILTERS = frozenset({"throttle", "copy-on-read", "copy-before-write", "preallocate", "mirror_top", "commit_top"})

@@ -9,7 +9,7 @@ from typing import Any
 from appliance.errors import DomainBusy, MonitorError
 from appliance.hypervisor.base import Disk, Monitor
 from appliance.hypervisor.graph import nodes
-from appliance.hypervisor.graph.nodes import Graph, Node
+from appliance.hypervisor.graph.nodes import REVERT, Graph, Node
 
 __all__ = ["SILENT", "device_id", "survey"]
 
@@ -76,7 +76,7 @@ def _disk(monitor: Monitor, graph: Graph, target: str, entry: Mapping[str, Any])
     device = entry["qdev"]
     node = graph.below_ours(entry["inserted"]["node-name"])
     if node in graph.nodes and graph.nodes[node].driver in _JOB_FILTERS:
-        raise DomainBusy(domain=monitor.domain, reason=f"a backup or another block job works on {target}")
+        raise _in_use(monitor.domain, graph, target)
     storage = graph.storage(node)
     if storage not in graph.nodes:
         raise _Exchanged
@@ -97,6 +97,16 @@ def _disk(monitor: Monitor, graph: Graph, target: str, entry: Mapping[str, Any])
         refusal=_refusal(monitor, device, kind, iothread, graph, image),
         storage=storage,
     )
+
+
+def _in_use(domain: str, graph: Graph, target: str) -> DomainBusy:
+    if any(name.startswith(REVERT) for name in graph.nodes):
+        # Ours, and it may never end by itself: with its keeper dead somebody has to go on with it.
+        return DomainBusy(
+            domain=domain, reason=f"a revert of {target} is under way",
+            hint="`rewind resume` in the home that began it ends it",
+        )  # fmt: skip
+    return DomainBusy(domain=domain, reason=f"a backup or another block job works on {target}")
 
 
 def _refusal(monitor: Monitor, device: str, kind: str, iothread: bool, graph: Graph, image: Node) -> str:
