@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -129,6 +129,8 @@ class Session:
         from appliance.store import Repository, open_backend
 
         instance, key = self.instance, self.key
+        with suppress(OSError):  # the repository names it when it makes its own folder there
+            self.home.cache.mkdir(mode=0o700, exist_ok=True)
         try:
             repository = Repository.open(open_backend(instance["url"]), cache=self.home.cache, key=key)
         except WrongKey as error:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -248,6 +249,9 @@ class Catalogue:
         return self._connect()
 
     def _connect(self) -> sqlite3.Connection:
+        with suppress(OSError):  # told by the next line, in words that are expected there
+            # Made by SQLite others could read it: it has the names of domains, of disks and of points.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         database = sqlite3.connect(self._path, timeout=10)
         try:
             database.execute("PRAGMA journal_mode=WAL")

@@ -1135,6 +1135,17 @@ def test_the_catalogue_may_be_deleted_at_any_time(web):
     assert web.json("points", "web")[:-2] == before
 
 
+def test_a_cache_that_is_made_anew_is_closed_to_others(web):
+    shutil.rmtree(web.home / "cache")
+    before = os.umask(0o022)
+    try:
+        assert web("points", "web") == 0
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((web.home / "cache" / name).stat().st_mode) for name in ("", "catalogue.sqlite")]
+    assert modes == [0o700, 0o600]
+
+
 # --- upkeep ---------------------------------------------------------------------------------------------------------
 
 
