@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from appliance.errors import ConnectError, DomainNotFound, RewindError
 from appliance.service.capturing import Capturing, capturing
-from appliance.service.naming import holder
+from appliance.service.naming import holder, lost
 from appliance.service.underway import under_way
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _protected(session: Session, record: Protection, points: list[Summary], now:
     busy = session.busy(record.uuid)
     # A bare QEMU's monitor serves one client, and whoever works on the domain needs it more than we do.
     held = record.uri.startswith("qmp:") and (pending or busy)
-    state, notes, lost = ("unknown", (), ()) if held else _state(session, record, bool(pending or busy))
+    state, notes, missing = ("unknown", (), ()) if held else _state(session, record, bool(pending or busy))
     mine = [one for one in points if one.uuid == record.uuid]
     last = mine[-1] if mine else None
     age = (now - last.time).total_seconds() if last else None
@@ -117,7 +117,7 @@ def _protected(session: Session, record: Protection, points: list[Summary], now:
     return DomainState(
         record.domain, record.uuid, record.uri, state, True, tuple(record.disks), record.every, record.quiesce,
         len(mine), last.id if last else None, last.time if last else None, age, late, pending,
-        busy, notes + capture.notes, capture, lost,
+        busy, notes + capture.notes, capture, missing,
     )  # fmt: skip
 
 
@@ -153,13 +153,14 @@ def _disks(domain: Domain, record: Protection) -> tuple[tuple[str, ...], tuple[s
 
 
 def _successor(session: Session, record: Protection) -> tuple[str, ...]:
-    """Of one that is gone: what to do when another domain has its name. Silent when the hypervisor went away now."""
+    """Of one that is gone: what to do, also when another domain has its name. Silent when the hypervisor went away
+    now."""
     try:
         other = holder(session, record)
     except RewindError:
         return ()
     if other is None:
-        return ()
+        return (f"{lost(session, record).hint}; `rewind unprotect {record.domain}` if it is not to come back",)
     return (f"another domain is called {record.domain} now: `rewind protect {record.domain}` protects that one",)
 
 

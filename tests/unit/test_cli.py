@@ -1271,6 +1271,16 @@ def test_status_works_while_the_hypervisor_is_down(web):
     assert web.code == 1
 
 
+def test_status_of_a_domain_that_is_gone_deserves_a_look(web, monkeypatch):
+    protection.save(Home(web.home), replace(protection.load(Home(web.home), UUID), every=None))
+    state = DomainState.SHUTOFF
+    monkeypatch.setattr("appliance.service.status._state", lambda *_: (state.value, (), ()))
+    web("status", "web")
+    assert web.code == 0, "nothing else deserves one"
+    monkeypatch.setattr("appliance.service.status._state", lambda *_: ("gone", (), ()))
+    assert web("status", "web") == 1
+
+
 def test_status_warns_of_a_silent_hypervisor_and_of_a_missing_daemon(web):
     """A12: exit code 1 is done with warnings."""
     from appliance.service import locks

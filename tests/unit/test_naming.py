@@ -116,6 +116,12 @@ def test_a_lost_domain_is_named_by_its_name_with_the_way_back(lost):
         assert "rewind restore web --at latest" in caught.value.hint
 
 
+def test_status_tells_how_a_lost_domain_comes_back(lost):
+    (state,) = status(lost)[1]
+    assert state.state == "gone"
+    assert "`rewind restore web --at latest" in state.notes[0] and "`rewind unprotect web`" in state.notes[0]
+
+
 def test_its_points_are_reached_and_another_of_the_name_is_told(lost):
     lost.there.append(Domain(NEW))
     assert len(history.history(lost, "web").points) == 2

@@ -184,10 +184,10 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
 
     Captured are `epochs` (what changed between two points) or, with --continuous, by a `tap` every write.
 
-    Exit code 1 when a domain is late, a revert has not ended, the hypervisor does not answer, a protected disk cannot
-    be captured or is not there, every write of a running domain is wanted and is not captured, no daemon runs though a
-    domain is protected with --every, or nobody serves a domain or machine that was brought up and whose disks are not
-    its own yet.
+    Exit code 1 when a domain is late, a revert has not ended, the hypervisor does not answer, a protected domain
+    or disk is not there or cannot be captured, every write of a running domain is wanted and is not captured, no daemon
+    runs though a domain is protected with --every, or nobody serves a domain or machine that was brought up and whose
+    disks are not its own yet.
     """
     from appliance.cli.ui import table
     from appliance.service.status import brought_up, status
@@ -221,7 +221,7 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
         context.output.tell(f"no `rewind daemon` runs, so nobody takes the points of {', '.join(orphans)} by the clock")
     blind = any(one.capture and one.capture.mode in ("waiting", "behind") and one.state == "running" for one in found)
     silent = any(one.state == "unknown" and one.notes for one in found)
-    lost = any(one.uncaptured for one in domains)
+    lost = any(one.uncaptured or one.state == "gone" for one in domains)
     alone = "stopped" in [*(one.phase for one in started), *(one.phase for one in served)]
     return 1 if orphans or silent or blind or lost or alone or any(one.late or one.revert for one in found) else 0
 
