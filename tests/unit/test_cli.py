@@ -443,6 +443,19 @@ def test_doctor_sends_nobody_to_make_a_new_repository(web):
     assert "mounted" in found[0]["remedy"] and "init" not in found[0]["remedy"]
 
 
+def test_doctor_of_a_domain_tells_of_a_key_and_a_repository_that_are_missing(web, monkeypatch):
+    monkeypatch.setattr("appliance.service.doctor.domains.check", lambda *_: iter(()))
+    assert web("doctor", "web") == 0
+    assert "the key and the repository were looked at" in web.out
+    os.rename(web.home / "repository", web.home / "moved")
+    found = web.json("doctor", "web")
+    assert [(one["name"], one["status"]) for one in found[:-1] if one["status"] != "ok"] == [("repository", "fail")]
+    os.rename(web.home / "moved", web.home / "repository")
+    os.rename(web.home / "key", web.home / "away")
+    assert [one["name"] for one in web.json("doctor", "web") if one.get("status") == "fail"] == ["key"]
+    assert web.code == 2
+
+
 def test_a_repository_of_another_version_is_told(web):
     """A12"""
     config = web.home / "repository/config"

@@ -24,11 +24,14 @@ __all__ = ["Check", "examine", "fix"]
 
 
 def examine(session: Session, domain: str | None = None) -> Iterator[Check]:
-    """All checks, or those of one domain. Changes nothing."""
+    """All checks, or those of one domain, and what fails of the key and the repository that it depends on. Changes
+    nothing."""
     there = session.home.instance_file.exists()
     groups: list[Callable[[Session], Iterator[Check]]] = [*(host.CHECKS if there else host.WITHOUT_HOME)]
-    for group in groups if domain is None else []:
-        yield from _guarded(group.__name__.replace("_", " "), group, session)
+    for group in groups if domain is None else host.FOR_EACH_DOMAIN if there else ():
+        found = _guarded(group.__name__.replace("_", " "), group, session)
+        # What only deserves a look would make each domain look bad.
+        yield from (one for one in found if domain is None or one.status == "fail")
     yield from _guarded("domains", lambda one: domains.check(one, domain), session)
 
 

@@ -25,7 +25,7 @@ from appliance.units import GiB, MiB, format_duration, format_size
 if TYPE_CHECKING:
     from appliance.service.session import Session
 
-__all__ = ["CHECKS", "WITHOUT_HOME"]
+__all__ = ["CHECKS", "FOR_EACH_DOMAIN", "WITHOUT_HOME"]
 
 # Below the first a long epoch may fill the disk; below the second the next small one will.
 _LITTLE, _NEARLY_NOTHING = 5 * GiB, 256 * MiB
@@ -245,5 +245,7 @@ def _takes_all_along(session: Session) -> str:
 
 
 CHECKS = (home, settings, key, repository, space, clock, tools, hypervisor, fence, daemon, image_reader)
+# Nothing of a domain is protected without these, so they are looked at also when one domain is named.
+FOR_EACH_DOMAIN = (key, repository)
 # What can be looked at before there is a home: a new user's first question is whether this host will do.
 WITHOUT_HOME = (home, settings, tools, hypervisor, fence)
