@@ -69,6 +69,8 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
         if value is None or value is False and name != "progress":
             return
         setattr(context if hasattr(context, name) else context.output, name, value)
+        if name == "home" and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            context.output.home = str(context.home_path)
 
     return callback
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -28,6 +30,8 @@ _R = TypeVar("_R", bound=records.Record)
 # Often enough for a person, seldom enough that a log of a long run stays readable.
 _TERMINAL_INTERVAL = 0.2
 _LOG_INTERVAL = 2.0
+# A command that works on a home; not one that somebody else has typed, or has to type in a home of theirs.
+_COMMAND = re.compile(r"`rewind ((?!help )[a-z][^`]*)`(?! of home| in the home| \(process)")
 
 
 class Show(Protocol):
@@ -38,18 +42,20 @@ class Show(Protocol):
 
 @dataclass(slots=True)
 class Output:
-    """How this run of the command line speaks. `progress` is None for "on a terminal only"."""
+    """How this run of the command line speaks. `progress` is None for "on a terminal only". `home` was given by --home:
+    a command that a person is told has it too, or it would do its work in another home."""
 
     json: bool = False
     quiet: bool = False
     progress: bool | None = None
+    home: str = ""
 
     def emit(self, record: records.Record, text: str = "") -> None:
         """One result. `text` is for a person; without it the record is for programs only."""
         if self.json:
             self._line(record)
         elif text and not self.quiet:
-            _print(text)
+            _print(self._at_home(text))
 
     def emit_all(self, found: Iterable[_R], table: Callable[[list[_R]], str]) -> list[_R]:
         """Many results of one kind: a line each, or one table."""
@@ -60,27 +66,33 @@ class Output:
         elif not self.quiet:
             text = table(every)
             if text:
-                _print(text)
+                _print(self._at_home(text))
         return every
 
     def tell(self, text: str) -> None:
         """A result for a person only; a program has been given records."""
         if text and not self.json and not self.quiet:
-            _print(text)
+            _print(self._at_home(text))
 
     def note(self, text: str) -> None:
         """Something that a person should know and a program reads elsewhere; on standard error."""
         if not self.json and not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(self._at_home(text), file=sys.stderr, flush=True)
 
     def fail(self, error: records.Error) -> None:
         """The last words of a run that failed. `--quiet` does not silence them."""
         if self.json:
             self._line(error)
             return
-        print(f"rewind: {error.message}", file=sys.stderr, flush=True)
+        print(f"rewind: {self._at_home(error.message)}", file=sys.stderr, flush=True)
         if error.hint:
-            print(f"HINT: {error.hint}", file=sys.stderr, flush=True)
+            print(f"HINT: {self._at_home(error.hint)}", file=sys.stderr, flush=True)
+
+    def _at_home(self, text: str) -> str:
+        return _COMMAND.sub(self._command, text) if self.home else text
+
+    def _command(self, found: re.Match[str]) -> str:
+        return f"`rewind --home {shlex.quote(self.home)} {found[1]}`"
 
     @contextmanager
     def meter(self, what: str) -> Iterator[Meter]:

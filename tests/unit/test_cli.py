@@ -22,12 +22,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.cli import main
+from appliance.cli.output import Output
 from appliance.config import Home, write_json
 from appliance.hypervisor.base import Disk, DomainState
 from appliance.model import Consistency, DiskPoint, MapRef, Point, PointStats, Timeline
@@ -62,7 +64,8 @@ class Rewind:
         self.home, self._capsys = home, capsys
 
     def __call__(self, *words, home=True):
-        self.code = main([*(["--home", str(self.home)] if home else []), *map(str, words)])
+        with patch.dict(os.environ, {"REWIND_HOME": str(self.home)} if home else {}):
+            self.code = main([*map(str, words)])
         self.out, self.err = self._capsys.readouterr()
         return self.code
 
@@ -549,6 +552,28 @@ def test_while_a_revert_is_under_way_other_verbs_say_what_ends_it(web, words):
     message, hint = web.fails(51, *words)
     assert "0001abcd00000001" in message
     assert "rewind resume web" in hint
+
+
+def test_a_command_that_is_told_leads_to_the_home_that_was_given(web, capsys):
+    """A12: without it `undo` would offer the undo of another home. What the environment says holds for the next one."""
+    put_intent(web.home)
+    home = ("--home", str(web.home))
+    for words in (("point", "web", *home), (*home, "point", "web")):
+        assert main([*words]) == 51
+        assert f"HINT: `rewind --home {web.home} resume web` ends it" in capsys.readouterr().err
+    assert web("point", "web") == 51 and "`rewind resume web` ends it" in web.err
+
+
+def test_a_command_of_another_home_is_told_as_it_is(capsys):
+    output = Output(home="/my home")
+    output.tell("`rewind undo web` leads back, `rewind points web` lists; `rewind help exit-codes`, `virsh start web`")
+    for theirs in ("`rewind point web` (process 3)", "`rewind point web` of home /b", "`rewind --home /b undo web`"):
+        output.tell(theirs)
+    assert capsys.readouterr().out.splitlines() == [
+        "`rewind --home '/my home' undo web` leads back, `rewind --home '/my home' points web` lists;"
+        " `rewind help exit-codes`, `virsh start web`",
+        "`rewind point web` (process 3)", "`rewind point web` of home /b", "`rewind --home /b undo web`",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [("revert", "web", "--to", "latest", "--yes"), ("forget", "web", "before-upgrade")])
