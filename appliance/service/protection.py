@@ -252,7 +252,13 @@ def point(
 
 
 def _need_free(label: str) -> None:
-    """A revert to `latest` or to a time must never go to what somebody has called so. Raises ConfigError."""
+    """A revert to `latest` or to a time must never go to what somebody has called so, and a list of points has a line
+    for each. Raises ConfigError."""
+    if not label.isprintable():
+        raise ConfigError(
+            reason=f"{label!r} cannot be a label: it has characters that cannot be printed",
+            hint="one line of text: `--label 'before upgrade'`",
+        )
     if meaning := reading(label):
         raise ConfigError(
             reason=f"{label!r} cannot be a label: `--to {label}` means {meaning}",

@@ -824,6 +824,12 @@ def test_a_label_that_is_used_already_is_told_when_the_point_is_taken(web):
     assert "has point" not in web.err
 
 
+@pytest.mark.parametrize("label", ["", " ", "a\nb", "a\tb", "\x1b[31m"])
+def test_what_cannot_be_a_label_is_refused(web, label):
+    message, hint = web.fails(3, "point", "web", "--label", label)
+    assert repr(label) in message and hint
+
+
 def test_a_program_reads_the_warnings_that_a_person_is_told(web, monkeypatch):
     """Each once: of a label that is used already, of a hook that libvirt has not noticed, of a label that loses."""
     from types import SimpleNamespace

@@ -139,12 +139,19 @@ def unprotect_command(context: Context, domain: str, wait: float) -> None:
     context.output.emit(records.Unprotected(record.domain, record.uuid, kept, journal), text)
 
 
+def _label(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    """An empty one comes of a variable that is not set: the point would have no name, and nobody would notice."""
+    if value is not None and not value.strip():
+        raise click.BadParameter(f"{value!r} is no label; without --label the point has none", ctx, param)
+    return value or ""
+
+
 @verb(
     "point", ConnectError, DomainNotFound, AgentUnavailable, NotSupported, MonitorError, DomainBusy, DomainLost,
     PushFailed, NotProtected, Locked, WrongKey, NoSpace, RevertUnderWay,
 )  # fmt: skip
 @domain_argument()
-@click.option("--label", default="", metavar="TEXT",
+@click.option("--label", callback=_label, metavar="TEXT",
               help="A name to find it by; `latest`, times, ages, ids and `#5` are none.")  # fmt: skip
 @click.option("--quiesce", type=_QUIESCE, help="As for `protect`, for this point only.")
 @rate_option("Read at most this much a second (50M).")
