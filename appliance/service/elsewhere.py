@@ -17,7 +17,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from appliance.errors import AlreadyExists, ConfigError, DiskNotFound, NotSupported, TargetExists, ToolFailed
+from appliance.errors import (
+    AlreadyExists,
+    ConfigError,
+    DiskNotFound,
+    NotSupported,
+    TargetExists,
+    ToolFailed,
+    of_the_system,
+)
 from appliance.model import DiskKind, DiskPoint, Point
 from appliance.service import returning
 from appliance.service.instant import resolve
@@ -159,10 +167,11 @@ def restore(
     folder = Path(os.path.abspath(folder))
     plan = _Plan(point, folder, new_name or point.domain, choose(point, disks), image_format)
     if new_name is not None:
+        _must_be_a_name(new_name)
         _must_be_new(session, point, new_name)
     back = new_name == point.domain and not disks and returning.may(session, point)
     xml, left_out = _definition(plan, new_name is not None, point.domain_uuid if back else "")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     plan.must_be_new()
     with ExitStack() as undo:
         undo.callback(plan.remove)
@@ -203,6 +212,24 @@ class _Plan:
     def remove(self) -> None:
         for path in self.all():
             path.unlink(missing_ok=True)
+
+
+def _make(folder: Path) -> None:
+    """Raises NoSpace, PermissionDenied, ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "--into names the folder for the new disks"
+        reason = f"folder {str(folder)!r} cannot be made: {(error.strerror or str(error)).lower()}"
+        raise of_the_system(error) or ConfigError(reason=reason, hint=hint) from error
+
+
+def _must_be_a_name(name: str) -> None:
+    """Files are called by it, and the hypervisor refuses such a name after the disks were written. Raises
+    ConfigError."""
+    if "/" in name or not name.isprintable() or not name.strip():
+        reason = f"{name!r} cannot be the name of a domain"
+        raise ConfigError(reason=reason, hint="without `/`, line breaks and the like: `--name web-restored`")
 
 
 def _must_be_new(session: Session, point: Point, name: str) -> None:

@@ -830,6 +830,17 @@ def test_what_cannot_be_a_label_is_refused(web, label):
     assert repr(label) in message and hint
 
 
+def test_a_name_and_a_folder_that_cannot_be_are_refused_before_anything_is_written(web, tmp_path):
+    for name in ("a/b", "a\nb", ""):
+        message, hint = web.fails(
+            3, "--connect", DEAD, "restore", "web", "--at", "latest", "--into", tmp_path / "new", "--name", name
+        )
+        assert repr(name) in message and "--name" in hint
+    assert not (tmp_path / "new").exists()
+    message, hint = web.fails(3, "restore", "web", "--at", "latest", "--into", "/proc/nix")
+    assert message == "folder '/proc/nix' cannot be made: no such file or directory" and "--into" in hint
+
+
 def test_a_program_reads_the_warnings_that_a_person_is_told(web, monkeypatch):
     """Each once: of a label that is used already, of a hook that libvirt has not noticed, of a label that loses."""
     from types import SimpleNamespace
