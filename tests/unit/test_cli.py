@@ -1274,6 +1274,13 @@ def test_the_point_that_undo_needs_is_forgotten_knowingly_only(web, monkeypatch)
         assert "that revert cannot be undone" in hint and "`rewind points web`" in hint
 
 
+def test_a_domain_of_which_all_was_forgotten_is_not_said_to_wait_for_its_first_point(web):
+    assert web("points", "web", "--timeline", "bbbb") == 0 and "web has no such points\n" in web.out
+    points = [one["id"] for one in web.json("points", "web") if one["type"] == "point"]
+    assert web("forget", "web", *points) == 0
+    assert web("points", "web") == 0 and "web has no points\n" in web.out
+
+
 def test_forget_without_rules_forgets_nothing(web):
     _message, hint = web.fails(3, "forget", "web")
     assert "--keep" in hint

@@ -55,7 +55,7 @@ def points_command(
     timelines = len({one.timeline for one in found.points})
     context.output.emit(
         records.PointsSummary(found.domain, len(points), len(gaps), timelines),
-        "" if points else f"{domain} has no points yet",
+        "" if points else f"{domain} has no {'such ' if found.points else ''}points",
     )
 
 
