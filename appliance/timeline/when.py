@@ -119,7 +119,7 @@ def resolve(
     if len(found) > 1:
         raise AmbiguousPoint(domain=domain, when=text, count=len(found), candidates=_some(found, zone))
     if not found:
-        raise NoSuchPoint(domain=domain, when=text, hint=_hint(ordered, wanted, zone))
+        raise NoSuchPoint(domain=domain, when=text, hint=_hint(ordered, wanted, zone, domain))
     return found[0]
 
 
@@ -257,9 +257,20 @@ def _some(points: Sequence[Kept], zone: tzinfo | None) -> str:
     return ", ".join(described(point, zone) for point in points[-3:]) + (f" and {more} more" if more > 0 else "")
 
 
-def _hint(points: Sequence[Kept], text: str, zone: tzinfo | None) -> str:
+def _hint(points: Sequence[Kept], text: str, zone: tzinfo | None, domain: str) -> str:
     labels = {point.label: point for point in points if point.label}
     close = get_close_matches(text, labels, n=2) or get_close_matches(text, [point.id for point in points], n=1)
     if close:
         return "did you mean " + " or ".join(repr(one) for one in close) + "?"
+    if _WRITE.fullmatch(text) or text.isdecimal():
+        return f"numbers are of recorded writes, and none are recorded here: `rewind protect {domain} --continuous`"
+    if ago := _meant_ago(text):
+        return f"did you mean '{ago}'?"
     return f"a time, a label, `10m ago`, `latest`, or an id; the newest point is {described(points[-1], zone)}"
+
+
+def _meant_ago(text: str) -> str:
+    """Of a duration without its `ago`, or one that was meant to lead back by its sign; empty of anything else."""
+    duration = re.sub(r"^(-\s*|in\s+)", "", text, flags=re.IGNORECASE)
+    found = f"{duration} ago"
+    return found if parse_time(found, _ANY) is not None else ""

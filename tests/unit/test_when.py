@@ -126,6 +126,20 @@ def test_a_slip_is_told_what_was_meant():
     assert "rewind point web" in caught.value.hint
 
 
+@pytest.mark.parametrize("text", ["5m", "-5m", "in 5m", "- 5m"])
+def test_a_duration_alone_is_told_how_it_leads_back(text):
+    with pytest.raises(NoSuchPoint) as caught:
+        find(text)
+    assert caught.value.hint == "did you mean '5m ago'?"
+
+
+@pytest.mark.parametrize("text", ["#5", "5"])
+def test_a_number_is_told_to_need_recorded_writes(text):
+    with pytest.raises(NoSuchPoint) as caught:
+        find(text)
+    assert "`rewind protect web --continuous`" in caught.value.hint
+
+
 @pytest.mark.parametrize("text", ["aaaa", "bbbb", "nightly"])
 def test_what_names_several_shows_them(text):
     with pytest.raises(AmbiguousPoint) as caught:
