@@ -90,9 +90,8 @@ class RewindError(Exception):
 
     def __init__(self, *, hint: str = "", **fields: Any) -> None:
         self.fields = fields
-        filling = _Filling(fields)
-        self.hint = hint or self.default_hint.format_map(filling)
-        super().__init__(self.template.format_map(filling))
+        self.hint = hint or _filled(self.default_hint, fields)
+        super().__init__(self.template.format_map(_Filling(fields)))
 
     @property
     def message(self) -> str:
@@ -115,6 +114,13 @@ class _Filling(dict[str, Any]):
 
     def __missing__(self, key: str) -> str:
         return "?"
+
+
+def _filled(hint: str, fields: dict[str, Any]) -> str:
+    """What stands in a command is typed as it is, whatever a name has in it."""
+    typed = {name: shlex.quote(value) if isinstance(value, str) else value for name, value in fields.items()}
+    pieces = enumerate(hint.split("`"))
+    return "`".join(piece.format_map(_Filling(typed if number % 2 else fields)) for number, piece in pieces)
 
 
 def _rebuild(kind: type[RewindError], hint: str, fields: dict[str, Any]) -> RewindError:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from appliance.capture import protection
 from appliance.config import DEFAULT_SETTINGS, Home, Settings
@@ -173,9 +174,10 @@ class Driver:
             retrieval.complete(monitor, chains)
             self._course.save(Phase.PIVOTED)
             return False
+        name = quote(self.intent.domain)
         raise RestoreError(
             reason=f"domain {self.intent.domain!r} was started on half-way disks by somebody else",
-            hint=f"stop it (`virsh destroy {self.intent.domain}`), then `rewind resume {self.intent.domain}`",
+            hint=f"stop it (`virsh destroy {name}`), then `rewind resume {name}`",
         )
 
     def _same_qemu(self) -> bool:

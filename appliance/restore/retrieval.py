@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from appliance.config import Home, Settings
 from appliance.errors import NotRecoverable
@@ -115,7 +116,7 @@ class Retrieval:
                 reason = str(error.fields["reason"])
                 time.sleep(min(0.2 * 2**tries, 2.0))
         wanted = self._intent.safety_point if self._intent.rolling_back else self._intent.point
-        hint = f"`rewind resume {self._intent.domain}` tries again"
+        hint = f"`rewind resume {quote(self._intent.domain)}` tries again"
         if self._intent.may_roll_back:
             hint += "; with --roll-back it gives the revert up"
         raise NotRecoverable(point=wanted, reason=reason, hint=hint)

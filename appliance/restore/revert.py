@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from appliance.capture import epoch
@@ -181,7 +182,7 @@ class Reverter:
             raise NoSuchPoint(
                 domain=name, when=last.safety_point,
                 hint="it is the present that the last revert kept, and was forgotten: that revert cannot be undone;"
-                f" `rewind points {name}` lists the points that a revert can go to",
+                f" `rewind points {quote(name)}` lists the points that a revert can go to",
             ) from None  # fmt: skip
 
     def resume(self, *, roll_back: bool = False, wait: float = 0.0) -> Result:
@@ -229,7 +230,8 @@ class Reverter:
                 raise NotSupported(
                     object=f"disk {part.disk.target} of {self._domain.name}",
                     reason="it is not protected now, so its present state would not be kept",
-                    hint=f"leave it out with --disk, or `rewind protect {self._domain.name} --disk` with all of them",
+                    hint=f"leave it out with --disk, or `rewind protect {quote(self._domain.name)} --disk` with all of"
+                    " them",
                 )
 
     def _need_space(self) -> None:

@@ -8,6 +8,7 @@ means itself.
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from appliance.errors import ConfigError, DomainNotFound, HypervisorError, NotProtected
@@ -125,10 +126,11 @@ def lost(session: Session, record: Protection) -> DomainNotFound:
     """The error for a protected domain that is gone: by its name, and with the way on."""
     name, other = record.domain, holder(session, record)
     if other is None:
-        hint = f"`rewind restore {name} --at latest --into FOLDER --name {name}` brings it back; its points stay"
+        again = f"`rewind restore {quote(name)} --at latest --into FOLDER --name {quote(name)}`"
+        hint = f"{again} brings it back; its points stay"
         return DomainNotFound(domain=name, uri=record.uri, hint=hint)
     hint = (
-        f"{name} is another domain now, {other.uuid}: `rewind protect {name}` protects that one instead, and"
+        f"{name} is another domain now, {other.uuid}: `rewind protect {quote(name)}` protects that one instead, and"
         f" `rewind points {record.uuid}` lists the points of the lost one"
     )
     return DomainNotFound(domain=f"{name} ({record.uuid})", uri=record.uri, hint=hint)

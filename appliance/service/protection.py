@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from appliance.capture import protection
@@ -150,7 +151,7 @@ def _protectable(domain: Domain, wanted: Sequence[str]) -> tuple[str, ...]:
         others = " ".join(f"--disk {target}" for target in fine)
         raise NotSupported(
             object=f"disk {refused.target!r} of {domain.name!r}", reason=refused.refusal,
-            hint=f"`rewind protect {domain.name} {others}` protects the others" if fine else "",
+            hint=f"`rewind protect {quote(domain.name)} {others}` protects the others" if fine else "",
         )  # fmt: skip
     return tuple(disk.target for disk in chosen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from appliance.capture import protection
@@ -154,10 +155,10 @@ def _fate(session: Session, uuid: str, before: intent.Intent | None) -> str:
     if now is None or (before is not None and before.ended and now.ended and now.id == before.id):
         return "the revert is given up, and nothing has changed"
     if now.ended:
-        return f"the revert of {now.domain} has ended all the same: `rewind undo {now.domain}` leads back"
+        return f"the revert of {now.domain} has ended all the same: `rewind undo {quote(now.domain)}` leads back"
     if cared_for(session, uuid):
-        return f"the revert of {now.domain} goes on by itself, `rewind status {now.domain}` shows it"
-    return f"the revert of {now.domain} is half-way, and `rewind resume {now.domain}` ends it"
+        return f"the revert of {now.domain} goes on by itself, `rewind status {quote(now.domain)}` shows it"
+    return f"the revert of {now.domain} is half-way, and `rewind resume {quote(now.domain)}` ends it"
 
 
 def _target(session: Session, name: str, when: str, disks: Sequence[str], passing: bool = False) -> Point:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from appliance.errors import RevertUnderWay
@@ -63,7 +64,7 @@ def _who_ends_it(session: Session, uuid: str, domain: str, held: bool) -> str:
         return f"{who} works on it: wait until it has ended"
     if cared_for(session, uuid):
         return (
-            f"its keeper goes on with it by itself: `rewind status {domain}` shows it,"
-            f" `rewind resume {domain}` waits for its end"
+            f"its keeper goes on with it by itself: `rewind status {quote(domain)}` shows it,"
+            f" `rewind resume {quote(domain)}` waits for its end"
         )
     return ""

@@ -32,6 +32,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from difflib import get_close_matches
+from shlex import quote
 from typing import Final, Protocol, TypeVar
 from zoneinfo import ZoneInfo
 
@@ -107,7 +108,7 @@ def resolve(
     ordered = sorted(points, key=lambda point: (point.time, point.id))
     wanted = text.strip()
     if not ordered:
-        raise NoSuchPoint(domain=domain, when=text, hint=f"`rewind point {domain}` takes the first one")
+        raise NoSuchPoint(domain=domain, when=text, hint=f"`rewind point {quote(domain)}` takes the first one")
     found = _with_id(ordered, wanted)
     if not found and wanted.lower() == "latest":
         return ordered[-1]

@@ -9,7 +9,8 @@ import pickle
 import pytest
 
 from appliance import errors
-from appliance.errors import PermissionDenied, RewindError, exit_codes, of_the_system
+from appliance.cli.verbs.protection import _paused
+from appliance.errors import NoSuchPoint, PermissionDenied, RevertUnderWay, RewindError, exit_codes, of_the_system
 
 CLASSES = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
 # Exit codes by family, as the module's docstring and `rewind help exit-codes` promise.
@@ -96,3 +97,11 @@ def test_what_is_in_the_way_is_looked_at_itself(tmp_path):
             os.listdir(path)
         told = of_the_system(met.value)
         assert told is not None and told.hint == f"`stat {file}` tells what is there"
+
+
+def test_a_command_in_a_hint_can_be_typed_whatever_the_name():
+    """A12: libvirt allows spaces and quotes in names."""
+    assert "`rewind resume 'le er-ü'` ends it" in RevertUnderWay(domain="le er-ü", point="p").hint
+    assert RevertUnderWay(domain="web", point="p").hint == "`rewind resume web` ends it"
+    assert NoSuchPoint(when="x").hint == "`rewind points ?` lists them"
+    assert "`rewind pause 'le er-ü' --end`" in _paused("le er-ü", False, None)

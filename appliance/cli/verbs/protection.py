@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -114,7 +115,7 @@ def pause_command(context: Context, domain: str, end: bool, wait: float, **given
 def _paused(domain: str, end: bool, until: datetime | None) -> str:
     if end:
         return f"{domain}: protection goes on"
-    last = f"until {clock(until)}" if until else f"until `rewind pause {domain} --end`"
+    last = f"until {clock(until)}" if until else f"until `rewind pause {quote(domain)} --end`"
     return f"{domain}: its disks are left alone {last}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -218,7 +219,7 @@ def _show_result(context: Context, result: Result, warnings: Sequence[str] = ())
     )
     lines += [f"  {note}" for note in result.notes]
     if result.safety_point and result.state != "rolled-back":
-        lines.append(f"the present was kept as {result.safety_point}; `rewind undo {result.domain}` leads back")
+        lines.append(f"the present was kept as {result.safety_point}; `rewind undo {quote(result.domain)}` leads back")
     context.output.emit(record, "\n".join(lines))
 
 
