@@ -18,7 +18,7 @@ __all__ = ["Session"]
 
 
 class Session:
-    """Thread-safe. `_entering` guards the lock and the count of those who need it."""
+    """Thread-safe. `_entering` guards all fields that change."""
 
     def __init__(self, backend: Backend, index: Index, locks: Locks) -> None:
         self._backend, self._index, self._locks = backend, index, locks
@@ -48,14 +48,18 @@ class Session:
 
     def learn(self, always: bool = False) -> None:
         """What gc is about to drop; and, when it dropped something since we last looked, which packs are left."""
+        with self._entering:
+            shared, known = self._shared, self._swept
         found = collection.load(self._backend)
-        session = self._shared.id if self._shared is not None else ""
+        session = shared.id if shared is not None else ""
         # gc waits for a session that it has listed, or has yet to list; packs it condemned are safe for us then.
         self._index.avoid(
             pack for one in found if one.sessions is not None and session not in one.sessions for pack in one.packs
         )
         swept = max((one.number for one in found if one.sweeping), default=0)
-        if always or swept != self._swept:
+        if always or swept != known:
             self._index.damaged(load_damaged(self._backend))
             self._index.refresh()
-            self._swept = swept
+            with self._entering:
+                if self._shared is shared:  # under another lock gc may have been through meanwhile
+                    self._swept = swept

@@ -25,6 +25,7 @@ from appliance.hypervisor.base import DomainState
 from appliance.units import MiB
 from tests.support import libvirt
 from tests.support.hoststall import HostStall
+from tests.support.limits import limit
 from tests.support.tapped import SpoolDisk, Tapped
 from tests.support.tiny import LibvirtGuest, TinyDisk, make_disk
 
@@ -104,11 +105,11 @@ class Scene:
         return True
 
     def disk_full(self):
-        limit = time.monotonic() + 90  # up to 70 MB of room that was promised
+        until = time.monotonic() + limit(90)  # up to 70 MB of room that was promised
         while self.tapped.running.attached:
             self.disk.fill()
             # What it has reserved already has to be used up; always the same blocks, so that little is dirty.
-            assert time.monotonic() < limit
+            assert time.monotonic() < until
             self.guest.ask(f"scatter vda 1000 {time.time_ns()} {16 * MiB} {18 * MiB}")
         self.disk.empty()
         return True
@@ -126,8 +127,8 @@ class Scene:
     def disk_slow(self):
         """A write to it takes up to 150 ms, for three seconds: within the bound, but on a busy host one may be there
         for two of them."""
-        limit = time.monotonic() + 3
-        while time.monotonic() < limit:
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
             self.disk.hang()
             time.sleep(0.15 * self.chance.random())
             self.disk.go_on()
@@ -249,8 +250,8 @@ class Scene:
 
     def _ask(self, question):
         """The guest may be booting; what was asked meanwhile is answered late."""
-        limit = time.monotonic() + 60
-        while time.monotonic() < limit:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
             with contextlib.suppress(Exception):
                 answer = self.guest.ask(question, timeout=3)
                 if "errors" in answer:

@@ -273,3 +273,24 @@ def test_equal_disks_that_were_come_to_from_two_sides_both_stay(repo, chunks):
     assert check(repo, read_data=True).ok
     for ref, wanted in ((first, numbers), (second, numbers), (third, {**numbers, 1: 77})):
         assert read(repo, ref) == expect(wanted)
+
+
+def test_what_was_learned_under_a_lock_that_was_lost_counts_for_no_other(repo, monkeypatch):
+    """gc may have been through between the two: whoever goes on under the new one looks again."""
+    session, refreshed = repo._session, []
+    original = repo.index.refresh
+
+    def refresh():
+        refreshed.append(session._shared)
+        if len(refreshed) == 1:
+            session._shared.release()  # as a lock that its holder did not renew
+            session.enter("another thread")
+        original()
+
+    monkeypatch.setattr(repo.index, "refresh", refresh)
+    with repo.session("one"):
+        session.learn(always=True)
+        session.learn()
+        session.learn()
+        session.leave()
+    assert len(refreshed) == 2 and refreshed[0] is not refreshed[1]
