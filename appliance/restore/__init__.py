@@ -7,6 +7,7 @@
                  precopy ─► switching ─► drive, which has retrieval move it
     neighbours   what other homes of this host have half-way
     fence        nobody starts a domain whose disk is half-way
+    result       how a revert ended, as it is told
     keeper       keeps a revert's view alive
     hydrations   domains that run from a view, each by a process (hydrate) until its disks are filled
     streams      machines that boot from a view over the network, each by a process (serve)

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ from appliance.restore.drive import Driver
 from appliance.restore.intent import DiskIntent, Intent, Phase
 from appliance.restore.plan import Part, Plan, make_plan, notes, pair
 from appliance.restore.precopy import Precopy
+from appliance.restore.result import Result, come_of, result_of
 from appliance.restore.resume import go_on
 from appliance.restore.retrieval import Progress
 from appliance.restore.site import Site
@@ -46,45 +47,6 @@ __all__ = ["Plan", "Result", "Reverter", "result_of"]
 
 # Free space in the home that a revert does not begin without.
 _SPACE = 256 * MiB
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a revert ended. `state`: `done`; `pending` (it goes on in the background); `rolled-back`; `given-up` (it had
-    not begun). `moved_bytes` were read from the repository for the disks."""
-
-    domain: str
-    uuid: str
-    verb: str
-    point: str
-    safety_point: str | None
-    timeline: str | None
-    mode: str
-    state: str
-    changed_bytes: int
-    moved_bytes: int
-    pause_seconds: float
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-def result_of(intent: Intent) -> Result:
-    """What is to be told about a revert, ended or not."""
-    given_up = not intent.safety_point
-    if intent.ended:
-        ending = "given-up" if given_up else "rolled-back" if intent.rolling_back else "done"
-    else:
-        ending = "pending"
-    mode = "offline" if intent.was == "shutoff" else "instant" if intent.instant else "plain"
-    end = float(intent.extra.get("ended") or time.time())
-    return Result(
-        domain=intent.domain, uuid=intent.uuid, verb=intent.verb, point=intent.point,
-        safety_point=intent.safety_point or None,
-        timeline=None if given_up or intent.rolling_back else intent.timeline, mode=mode, state=ending,
-        changed_bytes=sum(disk.pending_bytes + disk.zero_bytes for disk in intent.disks),
-        moved_bytes=intent.moved_bytes, pause_seconds=intent.pause_seconds, seconds=end - intent.started,
-        notes=intent.notes,
-    )  # fmt: skip
 
 
 class Reverter:
@@ -185,34 +147,43 @@ class Reverter:
                 f" `rewind points {quote(name)}` lists the points that a revert can go to",
             ) from None  # fmt: skip
 
-    def resume(self, *, roll_back: bool = False, wait: float = 0.0) -> Result:
+    def resume(self, *, roll_back: bool = False, wait: float = 0.0, meant: Intent | None = None) -> Result:
         """End the domain's revert. When the keeper is driving it already, its end is waited for (a roll-back waits at
-        most `wait` seconds for the wheel). Raises NothingToResume, DomainBusy and what `drive.Driver` raises."""
+        most `wait` seconds for the wheel). `meant` is the revert that was found under way, which may have ended since.
+        Raises NothingToResume, RevertUnderWay and what `drive.Driver` raises."""
         uuid = self._domain.uuid
         deadline = time.monotonic() + wait
-        first = intents.load(self._home, uuid)
+        meant = meant or intents.load(self._home, uuid)
         while True:
             with intents.drive_lock(self._home, uuid) as ours:
+                found = intents.load(self._home, uuid)
+                if (ended := come_of(meant, found, roll_back)) is not None:
+                    return ended
                 if ours:
-                    if roll_back and (now := intents.load(self._home, uuid)) is not None and not now.rolling_back:
-                        # Memory of after the switch goes with the disks forward only.
-                        self._site.refuse_saved_memory()
-                    self._renew_spec()
-                    intent = go_on(
-                        self._home, self._settings, uuid, domain=self._domain, roll_back=roll_back,
-                        progress=self._progress, settings_file=self._settings_file,
-                    )  # fmt: skip
-                    return result_of(intent)
-            found = intents.load(self._home, uuid)
-            if found is None or found.ended:
-                # One that was given up has left the place to the revert before it.
-                if found is not None and first is not None and found.id == first.id and not roll_back:
-                    return result_of(found)
-            elif roll_back and time.monotonic() > deadline:
-                raise RevertUnderWay(
-                    domain=self._domain.name, point=found.point, hint="give --wait, or stop its keeper"
-                )
+                    return self._go_on(roll_back)
+            if found is not None and not found.ended and roll_back and time.monotonic() > deadline:
+                raise RevertUnderWay(domain=self._domain.name, point=found.point, hint=self._how_to_stop())
             time.sleep(0.2)
+
+    def _go_on(self, roll_back: bool) -> Result:
+        """With the drive lock."""
+        now = intents.load(self._home, self._domain.uuid)
+        if roll_back and now is not None and not now.rolling_back:
+            # Memory of after the switch goes with the disks forward only.
+            self._site.refuse_saved_memory()
+        self._renew_spec()
+        intent = go_on(
+            self._home, self._settings, self._domain.uuid, domain=self._domain, roll_back=roll_back,
+            progress=self._progress, settings_file=self._settings_file,
+        )  # fmt: skip
+        return result_of(intent)
+
+    def _how_to_stop(self) -> str:
+        """A keeper that ends leaves everything as its intent says, as one that is killed does."""
+        key = keeper.state(self._home, self._domain.uuid).get("key", "")
+        if not keeper.lives(key):
+            return "give --wait: whoever drives it is about to end"
+        return f"`kill {key.partition(':')[0]}` stops its keeper, then type this again; or let it end, and undo it"
 
     # --- before ---
 

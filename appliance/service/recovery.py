@@ -135,8 +135,10 @@ def _uuid_now(session: Session, name: str) -> str | None:
 
 
 def _resume(session: Session, one: Pending, roll_back: bool, wait: float, progress: Progress) -> Result:
+    # As it was found: whoever drives it may come to its end while we wait.
+    meant = intent.load(session.home, one.uuid)
     with _told(session, one.uuid), session.hold(one.uuid, one.domain, f"resume {one.domain}", wait):
-        return _reverter(session, one.uuid, progress).resume(roll_back=roll_back, wait=wait)
+        return _reverter(session, one.uuid, progress).resume(roll_back=roll_back, wait=wait, meant=meant)
 
 
 @contextmanager

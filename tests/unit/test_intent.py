@@ -5,17 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from appliance.config import Home, Settings
-from appliance.errors import RestoreError, RevertUnderWay
+from appliance.errors import NothingToResume, RestoreError, RevertUnderWay
 from appliance.model import MapRef
 from appliance.process import process_key
 from appliance.restore import intent as intents
 from appliance.restore import keeper
 from appliance.restore.intent import DiskIntent, Intent, Phase
 from appliance.restore.keeping import Keeper
+from appliance.restore.revert import Reverter
 
 
 def made(**changes):
@@ -128,3 +130,51 @@ def test_a_keeper_goes_on_when_the_disk_is_full(home, monkeypatch):
     monkeypatch.undo()
     kept._note()
     assert keeper.state(home, "u-1")["key"] == process_key(os.getpid())
+
+
+def reverter(home):
+    domain = SimpleNamespace(uuid="u-1", name="web")
+    return Reverter(home, Settings(), SimpleNamespace(to_json=lambda: "{}"), None, domain)
+
+
+def ends_while_waited_for(home, monkeypatch, **facts):
+    """The keeper drives; the first time that somebody waits for it, it comes to its end."""
+    keeper_has = intents.drive_lock(home, "u-1")
+    keeper_has.__enter__()
+
+    def wait(_seconds):
+        intents.save(home, made(**facts).at(Phase.DONE))
+        keeper_has.__exit__(None, None, None)
+
+    monkeypatch.setattr("appliance.restore.revert.time.sleep", wait)
+
+
+def test_who_waits_for_the_end_of_a_revert_is_told_what_came_of_it(home, monkeypatch):
+    """P5-08: the keeper lets go of the wheel when it has ended, and then nothing is left to resume."""
+    intents.save(home, made().at(Phase.MERGING))
+    ends_while_waited_for(home, monkeypatch)
+    assert reverter(home).resume().state == "done"
+    # Also when it ended before we came to look.
+    assert reverter(home).resume(meant=made().at(Phase.MERGING)).state == "done"
+    with pytest.raises(NothingToResume):
+        reverter(home).resume()
+
+
+def test_a_revert_that_ended_before_it_was_rolled_back_can_be_undone(home, monkeypatch):
+    intents.save(home, made().at(Phase.SWITCHED))
+    ends_while_waited_for(home, monkeypatch)
+    with pytest.raises(NothingToResume) as caught:
+        reverter(home).resume(roll_back=True, wait=60)
+    assert "ended before it could be rolled back" in caught.value.hint and "`rewind undo web`" in caught.value.hint
+    intents.save(home, made().at(Phase.SWITCHED))
+    ends_while_waited_for(home, monkeypatch, extra={"turned": True})
+    assert reverter(home).resume(roll_back=True, wait=60).state == "rolled-back"
+
+
+def test_who_cannot_roll_back_is_told_which_process_to_end(home, monkeypatch):
+    intents.save(home, made().at(Phase.SWITCHED))
+    monkeypatch.setattr(keeper, "state", lambda *_: {"key": process_key(os.getpid())})
+    monkeypatch.setattr("appliance.restore.revert.time.monotonic", iter([0.0, 1.0]).__next__)
+    with intents.drive_lock(home, "u-1"), pytest.raises(RevertUnderWay) as caught:
+        reverter(home).resume(roll_back=True)
+    assert f"`kill {os.getpid()}`" in caught.value.hint
