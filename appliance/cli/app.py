@@ -45,15 +45,17 @@ class _Program(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in VERBS:
             close = _nearest(args[0])
-            raise click.UsageError(
-                f"there is no verb {args[0]!r}" + (f"; did you mean {close!r}?" if close else ""), ctx
-            )
+            told = f"there is no verb {args[0]!r}" + (f"; did you mean {close!r}?" if close else "")
+            raise click.UsageError(told, ctx)
         return super().resolve_command(ctx, args)
 
 
 def _nearest(word: str) -> str:
     import difflib
 
+    image: click.Group = importlib.import_module("appliance.cli.verbs.image").image_command
+    if word in image.commands:
+        return f"image {word}"
     return next(iter(difflib.get_close_matches(word, VERBS, 1)), "")
 
 

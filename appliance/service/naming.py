@@ -8,17 +8,19 @@ means itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from appliance.errors import ConfigError, DomainNotFound, HypervisorError, NotProtected
+from appliance.errors import ConfigError, ConnectError, DomainNotFound, HypervisorError, NotProtected, RewindError
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection
     from appliance.hypervisor.base import Domain
     from appliance.service.session import Session
 
-__all__ = ["earlier", "holder", "lost", "uuid_of"]
+__all__ = ["earlier", "found", "holder", "lost", "meant", "not_protected", "uuid_of"]
 
 
 def uuid_of(session: Session, name: str, *, reading: bool = False) -> tuple[str, str]:
@@ -40,7 +42,7 @@ def uuid_of(session: Session, name: str, *, reading: bool = False) -> tuple[str,
         # What was forgotten meanwhile decides nothing.
         known = {uuid: known[uuid] for uuid in _counted(session, list(known))}
     if not known:
-        raise NotProtected(domain=name, hint=_meant(session, name))
+        raise NotProtected(domain=name, hint=meant(session, name))
     if len(known) > 1:
         raise _several(name, _counted(session, list(known)))
     return next(iter(known.items()))
@@ -65,6 +67,46 @@ def earlier(session: Session, name: str, uuid: str) -> str:
     return _listed(_counted(session, [one for one, _name in session.catalogue.domains(name) if one != uuid]))
 
 
+def found(session: Session, name: str) -> Domain:
+    """The hypervisor's domain. Raises DomainNotFound, with a name that looks like it where there is one."""
+    hypervisor = session.hypervisor()
+    try:
+        return hypervisor.domain(name)
+    except DomainNotFound as gone:
+        raise DomainNotFound(**gone.fields, hint=_like(session, name, hypervisor.domains())) from None
+
+
+def not_protected(session: Session, name: str) -> RewindError:
+    """A domain that does not exist is told as that: `not protected` would send the reader the wrong way."""
+    hint = ""
+    try:
+        uuid_of(session, name)
+    except NotProtected as error:
+        hint = error.hint
+        try:
+            found(session, name)
+        except DomainNotFound as gone:
+            return gone
+        except ConnectError:
+            pass
+    except ConfigError:
+        pass  # several had the name, and have points; it is protected in none of them
+    return NotProtected(domain=name, hint=hint)
+
+
+def _like(session: Session, name: str, others: Iterable[str] = ()) -> str:
+    """A known name that looks like it, as a question; empty where there is none."""
+    from difflib import get_close_matches
+
+    from appliance.capture import protection
+
+    names = {one.domain for one in protection.all_records(session.home)} | set(others)
+    with suppress(RewindError):  # a repository that is not there is no answer to a name that was mistyped
+        names |= set(session.catalogue.names())
+    close = get_close_matches(name, sorted(names - {name}), 1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
 def _counted(session: Session, uuids: list[str]) -> dict[str, int]:
     """Those that have points, with their number."""
     count = session.catalogue.count() if uuids else {}
@@ -85,16 +127,10 @@ def _several(name: str, found: dict[str, int]) -> ConfigError:
     )
 
 
-def _meant(session: Session, name: str) -> str:
+def meant(session: Session, name: str) -> str:
     """A known name that looks like it, or that there is no such domain; empty for the usual hint, to protect it."""
-    from difflib import get_close_matches
-
-    from appliance.capture import protection
-
-    names = {one.domain for one in protection.all_records(session.home)} | set(session.catalogue.names())
-    close = get_close_matches(name, sorted(names), 1)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    if close := _like(session, name):
+        return close
     try:
         session.hypervisor().domain(name)
     except DomainNotFound:

@@ -13,18 +13,16 @@ from appliance.capture import protection
 from appliance.capture.protection import Protection
 from appliance.errors import (
     ConfigError,
-    ConnectError,
     DiskNotFound,
     DomainBusy,
     DomainNotFound,
     FenceError,
-    NotProtected,
     NotSupported,
 )
 from appliance.hypervisor.base import DomainState
 from appliance.restore import fence
 from appliance.service import tap
-from appliance.service.naming import earlier, holder, uuid_of
+from appliance.service.naming import earlier, holder, not_protected
 from appliance.service.session import Progress, Session, silent
 from appliance.service.underway import refuse_if_under_way
 from appliance.timeline.instant import number_of
@@ -230,7 +228,7 @@ def point(
     _need_free(label)
     record = session.record(name)
     if record is None:
-        raise _not_protected(session, name)
+        raise not_protected(session, name)
     _warn_of_label(session, record, label)
     with session.hold(record.uuid, record.domain, f"point {record.domain}", wait):
         refuse_if_under_way(session, record.uuid, record.domain, held=True)
@@ -284,21 +282,3 @@ def _warn_of_label(session: Session, record: Protection, label: str) -> None:
             f"the label {label!r} has point {same[-1].id} of {when} already: from now on"
             f" `--to {label}` is ambiguous, and only ids tell the {len(same) + 1} points apart"
         )
-
-
-def _not_protected(session: Session, name: str) -> Exception:
-    """A domain that does not exist is told as that: `not protected` would send the reader the wrong way."""
-    hint = ""
-    try:
-        uuid_of(session, name)
-    except NotProtected as error:
-        hint = error.hint
-        try:
-            session.hypervisor().domain(name)
-        except DomainNotFound as gone:
-            return DomainNotFound(**gone.fields, hint=hint) if "did you mean" in hint else gone
-        except ConnectError:
-            pass
-    except ConfigError:
-        pass  # several had the name, and have points; it is protected in none of them
-    return NotProtected(domain=name, hint=hint)

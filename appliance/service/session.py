@@ -183,7 +183,9 @@ class Session:
         of a protected one with the way on."""
         record = self.record(name)
         if record is None:
-            return self.hypervisor().domain(name)
+            from appliance.service.naming import found
+
+            return found(self, name)
         try:
             return self.hypervisor(record.uri).domain(record.uuid)
         except DomainNotFound:
@@ -200,10 +202,12 @@ class Session:
         return found[0] if found else None
 
     def protected(self, name: str) -> Protection:
-        """As `record`. Raises NotProtected."""
+        """As `record`. Raises NotProtected, with a name that looks like it where there is one."""
         record = self.record(name)
         if record is None:
-            raise NotProtected(domain=name)
+            from appliance.service.naming import meant
+
+            raise NotProtected(domain=name, hint=meant(self, name))
         return record
 
     def hold(self, uuid: str, domain: str, purpose: str, wait: float = 0.0) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from appliance.errors import ConnectError, DomainNotFound, RewindError
 from appliance.service.capturing import Capturing, capturing
-from appliance.service.naming import holder, lost
+from appliance.service.naming import found, holder, lost
 from appliance.service.underway import under_way
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _successor(session: Session, record: Protection) -> tuple[str, ...]:
 
 
 def _unprotected(session: Session, name: str, points: list[Summary], now: datetime) -> DomainState:
-    domain = session.hypervisor().domain(name)
+    domain = found(session, name)
     mine = [one for one in points if one.uuid == domain.uuid]
     last = mine[-1] if mine else None
     age = (now - last.time).total_seconds() if last else None

@@ -400,6 +400,8 @@ def test_without_a_word_the_help_is_shown(rewind):
 def test_a_verb_that_was_mistyped_is_guessed(web):
     message, _hint = web.fails(3, "statsu")
     assert "'status'" in message
+    message, _hint = web.fails(3, "verify", "web")
+    assert "did you mean 'image verify'?" in message
 
 
 @pytest.mark.parametrize(

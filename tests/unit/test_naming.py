@@ -116,6 +116,15 @@ def test_a_lost_domain_is_named_by_its_name_with_the_way_back(lost):
         assert "rewind restore web --at latest" in caught.value.hint
 
 
+def test_a_slip_in_a_name_is_told_what_was_meant(lost):
+    lost.there.append(Domain(OLD))
+    work = (protection.protect, protection.unprotect, protection.point, lambda session, name: status(session, name))
+    for verb in work:
+        with pytest.raises((DomainNotFound, NotProtected)) as caught:
+            verb(lost, "wbe")
+        assert caught.value.hint == "did you mean 'web'?"
+
+
 def test_status_tells_how_a_lost_domain_comes_back(lost):
     (state,) = status(lost)[1]
     assert state.state == "gone"
