@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket as sockets
 import sys
@@ -22,7 +23,7 @@ from typing import Self
 from appliance.errors import ConfigError, ToolFailed
 from appliance.process import Child
 
-__all__ = ["PLUGINS", "Server", "keep_thread", "settle_parents_death"]
+__all__ = ["PLUGINS", "Server", "keep_thread", "last_words", "settle_parents_death"]
 
 PLUGINS = Path(__file__).resolve().parent.parent / "filters"
 
@@ -229,3 +230,8 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
         "MALLOC_ARENA_MAX": "2",
         **extra,
     }
+
+
+def last_words(said: str) -> str:
+    """The last line of what a server of ours said, without the class that Python names in front of an error's text."""
+    return re.sub(r"^.*?\bappliance(\.\w+)+: *", "", said.rpartition("\n")[2]).strip()

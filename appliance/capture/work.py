@@ -40,6 +40,7 @@ from appliance.hypervisor.base import Domain, Monitor
 from appliance.hypervisor.graph import base, epoch, pulse
 from appliance.hypervisor.guard import guarding, paused_mark
 from appliance.model import Consistency, Point, PointStats
+from appliance.nbdkit import last_words
 
 if TYPE_CHECKING:
     from appliance.capture.commit import Sidecar
@@ -292,7 +293,7 @@ class Work:
             said = self.intake.tail()
             if "no space left" in said.lower():
                 raise self._full() from error
-            reason = watched.killed or said.rpartition("\n")[2] or error.message
+            reason = watched.killed or last_words(said) or error.message
             raise PushFailed(domain=self.domain.name, disk=", ".join(targets), reason=reason) from error
 
     def _wait(self, watched: watch.Watched, scratches: Scratches | None = None) -> None:
@@ -309,7 +310,7 @@ class Work:
     def _why_broken(self, scratches: Scratches | None, error: PushFailed) -> str:
         if scratches is not None and (full := scratches.why_full()):
             return full
-        said = self.intake.tail().rpartition("\n")[2]
+        said = last_words(self.intake.tail())
         if not self.intake.alive():
             return f"the intake has ended: {said}" if said else "the intake has ended"
         if said or scratches is None:

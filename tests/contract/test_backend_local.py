@@ -275,6 +275,17 @@ def test_urls_of_folders(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_made_where_the_folder_was_unmounted(backend, root):
+    """The mount point stays: an empty folder."""
+    backend.put("config", b"x")
+    root.rename(root.with_name("moved"))
+    root.mkdir()
+    with pytest.raises(Temporary) as caught:
+        backend.put("packs/" + 32 * "0", b"x")
+    assert caught.value.hint == "is it mounted?"
+    assert list(root.iterdir()) == []
+
+
 def test_threads_make_folders_at_the_same_time(backend):
     failures = []
     start = threading.Barrier(8)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import ToolFailed
+from appliance.nbdkit import last_words
 from appliance.process import Child, alone, run
 
 ROOT = Path(__file__).parents[2]
@@ -151,3 +152,9 @@ def test_one_process_is_alone(tmp_path):
         assert third
     with pytest.raises(FileNotFoundError), alone(tmp_path / "nowhere" / "lock"):
         pass
+
+
+def test_last_words_are_a_sentence_and_no_class_of_ours():
+    said = "nbdkit: a line\nnbdkit: python[1]: error:  appliance.errors.Temporary: /mnt/repo does not answer"
+    assert last_words(said) == "/mnt/repo does not answer"
+    assert last_words("a\nqemu: gone") == "qemu: gone" and last_words("") == ""

@@ -76,9 +76,11 @@ class LocalBackend:
         temporary = self.root / _TEMPORARIES / f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
             self._make_folder(temporary.parent)
-            self._make_folder(path.parent)
             try:
+                # Before the object's folder: where the repository was moved or unmounted meanwhile this fails, and
+                # nothing of it is made anew in its place.
                 _write(temporary, data)
+                self._make_folder(path.parent)
                 created = _create(temporary, path)
             finally:
                 with contextlib.suppress(OSError):
@@ -169,7 +171,8 @@ class LocalBackend:
             return ObjectNotFound(url=self.url, name=name)
         if isinstance(error, NotADirectoryError):
             return StoreError(reason=f"{self.url} has an object in the way of {name!r}")
-        return Temporary(url=self.url, name=name, reason=reason)
+        gone = writing and isinstance(error, FileNotFoundError) and not (self.root / _TEMPORARIES).is_dir()
+        return Temporary(url=self.url, name=name, reason=reason, hint="is it mounted?" if gone else "")
 
 
 def _collect(name: str, folder: Path, prefix: str, found: list[ObjectInfo]) -> None:
