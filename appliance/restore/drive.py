@@ -153,6 +153,8 @@ class Driver:
             self._course.save(Phase.MERGING)
         self._retrieval.merge(monitor, chains)
         running = bool(monitor.execute("query-status")["running"])
+        if running and not self.intent.instant:
+            self._course.note("somebody let the guest go on before the revert had ended: it was paused for less")
         self._course.save(Phase.PIVOTING, go_on=running or self.intent.extra.get("go_on", False))
         if running:
             monitor.execute("stop")

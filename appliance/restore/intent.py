@@ -181,6 +181,11 @@ class Course:
         extra = {**self.intent.extra, **facts}
         self.intent = save(self._home, self.intent.at(phase, extra=extra))
 
+    def note(self, text: str) -> None:
+        """What the result has to tell, once; durable with the next phase."""
+        if text not in self.intent.notes:
+            self.intent = replace(self.intent, notes=(*self.intent.notes, text))
+
 
 def pending(home: Home) -> list[Intent]:
     """Every revert of this home that has not ended."""

@@ -103,6 +103,9 @@ class Retrieval:
 
     def need_view(self) -> None:
         """Return when it can be read. Raises NotRecoverable."""
+        key = keeper.state(self._home, self._intent.uuid).get("key", "")
+        if key and not keeper.lives(key):
+            self._course.note("the process that kept the view has died: what it had moved is not counted")
         keeper.ensure(self._home, self._intent, self._settings, self._settings_file)
 
     def _with_view(self, work: Callable[[], None]) -> None:

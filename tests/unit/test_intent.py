@@ -15,8 +15,10 @@ from appliance.model import MapRef
 from appliance.process import process_key
 from appliance.restore import intent as intents
 from appliance.restore import keeper
+from appliance.restore.drive import Driver
 from appliance.restore.intent import DiskIntent, Intent, Phase
 from appliance.restore.keeping import Keeper
+from appliance.restore.retrieval import Retrieval
 from appliance.restore.revert import Reverter
 
 
@@ -178,3 +180,33 @@ def test_who_cannot_roll_back_is_told_which_process_to_end(home, monkeypatch):
     with intents.drive_lock(home, "u-1"), pytest.raises(RevertUnderWay) as caught:
         reverter(home).resume(roll_back=True)
     assert f"`kill {os.getpid()}`" in caught.value.hint
+
+
+def test_what_a_killed_keeper_had_moved_is_said_not_to_be_counted(home, monkeypatch):
+    """P5-08: 40 MiB had been copied, and the result said that 0 B were."""
+    course = intents.Course(home, intents.save(home, made()))
+    monkeypatch.setattr(keeper, "ensure", lambda *_: None)
+    retrieval = Retrieval(home, Settings(), Path("/nonexistent"), course, lambda *_: None)
+    monkeypatch.setattr(keeper, "state", lambda *_: {"key": process_key(os.getpid())})
+    retrieval.need_view()
+    assert not course.intent.notes
+    monkeypatch.setattr(keeper, "state", lambda *_: {"key": "1:0"})
+    retrieval.need_view()
+    retrieval.need_view()
+    course.save(Phase.MERGING)
+    (note,) = intents.load(home, "u-1").notes
+    assert "not counted" in note
+
+
+@pytest.mark.parametrize(("instant", "running", "told"), [(False, True, 1), (False, False, 0), (True, True, 0)])
+def test_a_guest_that_somebody_let_go_on_was_paused_for_less(home, monkeypatch, instant, running, told):
+    """P5-08: the time to its end would be told as a pause."""
+    intents.save(home, made())
+    driver = Driver(home, Settings(), None, made(instant=instant).at(Phase.MERGING))
+    monitor = SimpleNamespace(execute=lambda _command: {"running": running})
+    for name in ("_chains", "_still_ours", "_branch"):
+        monkeypatch.setattr(driver, name, lambda *_args, **_options: [1])
+    monkeypatch.setattr(driver, "_retrieval", SimpleNamespace(merge=lambda *_: None))
+    monkeypatch.setattr("appliance.restore.drive.retrieval.complete", lambda *_: None)
+    driver._online(monitor)
+    assert len([note for note in driver.intent.notes if "paused for less" in note]) == told

@@ -86,7 +86,9 @@ def revert_command(
     """Take DOMAIN back (or forward) to WHEN by rewriting only the blocks that differ.
 
     The present is kept as a recovery point first, so `rewind undo` leads back. The guest is reset. Killed at any
-    instant, `rewind resume` ends it; until then the domain cannot be started on a half-way disk.
+    instant, `rewind resume` ends it; until then the domain cannot be started on a half-way disk. A guest that a
+    plain revert holds may be let go on by hand (`virsh resume`): its disks read as WHEN, and what has not been moved
+    yet waits while the process that serves it is dead.
     """
     from appliance.service import recovery
 
