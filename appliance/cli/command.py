@@ -131,9 +131,12 @@ class Verb(click.Command):
 
 def exits(command: Verb) -> list[tuple[int, str]]:
     """(code, what it means) of the errors that this verb can end with, and of what it finds without failing."""
-    from appliance.errors import ConfigError
+    from appliance.errors import ConfigError, RepositoryNotFound, Temporary, WrongKey
 
-    kinds: list[type[RewindError]] = sorted({ConfigError, *command.exit_classes}, key=lambda kind: kind.exit_code)
+    # Who can meet the wrong key opens the repository, which may not be there or not answer.
+    store = (RepositoryNotFound, Temporary) if WrongKey in command.exit_classes else ()
+    found = {ConfigError, *store, *command.exit_classes}
+    kinds: list[type[RewindError]] = sorted(found, key=lambda kind: kind.exit_code)
     return [*sorted(command.codes.items()), *((kind.exit_code, kind.__name__) for kind in kinds)]
 
 

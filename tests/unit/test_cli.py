@@ -397,6 +397,13 @@ def test_without_a_word_the_help_is_shown(rewind):
     assert rewind.out.startswith("Usage: rewind [OPTIONS] VERB")
 
 
+@pytest.mark.parametrize("verb", ["points", "point", "export", "gc", "check", "init", "diff", "timeline"])
+def test_help_tells_the_codes_of_a_repository_that_is_not_there(rewind, verb):
+    assert rewind(verb, "--help", home=False) == 0
+    codes = [line.split() for line in rewind.out.partition("Exit codes")[2].splitlines()]
+    assert ["30", "RepositoryNotFound"] in codes and ["36", "Temporary"] in codes
+
+
 def test_a_verb_that_was_mistyped_is_guessed(web):
     message, _hint = web.fails(3, "statsu")
     assert "'status'" in message
