@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -27,13 +28,15 @@ _LATE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """The repository, and whether a daemon serves this home."""
+    """The repository, and whether a daemon serves this home. `free` are the bytes that a repository in a folder has
+    left; None of any other, and where that cannot be told."""
 
     url: str
     repository_id: str
     encrypted: bool
     points: int
     daemon: bool
+    free: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ def status(
     instance = session.instance
     points = session.catalogue.points(measure=False)
     state = InstanceState(
-        instance["url"], session.repository.id, session.repository.encrypted, len(points), session.daemon_runs()
+        instance["url"], session.repository.id, session.repository.encrypted, len(points), session.daemon_runs(),
+        _free(str(instance["url"])),
     )
     records = [one for one in protection.all_records(session.home) if only in (None, one.domain, one.uuid)]
     moment = now or datetime.now(UTC)
@@ -101,6 +105,13 @@ def status(
         names = [only] if only else [name for name in session.hypervisor().domains() if name not in known]
         found += [_unprotected(session, str(name), points, moment) for name in names]
     return state, found
+
+
+def _free(url: str) -> int | None:
+    try:
+        return shutil.disk_usage(url.removeprefix("file://")).free
+    except (OSError, ValueError):
+        return None  # no folder, as with s3://…
 
 
 def _protected(session: Session, record: Protection, points: list[Summary], now: datetime) -> DomainState:

@@ -94,6 +94,7 @@ class Status(Record):
     domains: int
     daemon: bool
     images: int
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

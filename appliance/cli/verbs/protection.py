@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["pause_command", "point_command", "protect_command", "status_command", "unprotect_command"]
 
+# The next point of some size may not find room any more; `doctor` calls the same a failure.
+_NEARLY_NOTHING = 256 << 20
 _QUIESCE = click.Choice(["auto", "require", "never"])
 
 
@@ -192,10 +194,10 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
 
     Captured are `epochs` (what changed between two points) or, with --continuous, by a `tap` every write.
 
-    Exit code 1 when a domain is late, a revert has not ended, the hypervisor does not answer, a protected domain
-    or disk is not there or cannot be captured, every write of a running domain is wanted and is not captured, no daemon
-    runs though a domain is protected with --every, or nobody serves a domain or machine that was brought up and whose
-    disks are not its own yet.
+    Exit code 1 when hardly any room is left for the repository, a domain is late, a revert has not ended, the
+    hypervisor does not answer, a protected domain or disk is not there or cannot be captured, every write of a running
+    domain is wanted and is not captured, no daemon runs though a domain is protected with --every, or nobody serves a
+    domain or machine that was brought up and whose disks are not its own yet.
     """
     from appliance.cli.ui import table
     from appliance.service.status import brought_up, status
@@ -215,6 +217,7 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
             len(found),
             instance.daemon,
             len(started) + len(served),
+            instance.free,
         ),
         f"repository {instance.url}: {counted(instance.points, 'point')}, "
         f"{'' if instance.encrypted else 'not '}encrypted",
@@ -227,11 +230,14 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
         emit_streamed(context, machine)
     if orphans:
         context.output.tell(f"no `rewind daemon` runs, so nobody takes the points of {', '.join(orphans)} by the clock")
+    if full := instance.free is not None and instance.free < _NEARLY_NOTHING:
+        context.output.tell(f"the repository has only {format_size(instance.free or 0)} left: the next point may fail")
     blind = any(one.capture and one.capture.mode in ("waiting", "behind") and one.state == "running" for one in found)
     silent = any(one.state == "unknown" and one.notes for one in found)
     lost = any(one.uncaptured or one.state == "gone" for one in domains)
     alone = "stopped" in [*(one.phase for one in started), *(one.phase for one in served)]
-    return 1 if orphans or silent or blind or lost or alone or any(one.late or one.revert for one in found) else 0
+    late = any(one.late or one.revert for one in found)
+    return 1 if full or orphans or silent or blind or lost or alone or late else 0
 
 
 def _domain(one: DomainState) -> records.DomainStatus:
