@@ -274,7 +274,7 @@ class Temporary(StoreError):
 class NoSpace(StoreError):
     exit_code = 37
     template = "no space left at {url} for {name!r}"
-    default_hint = "`rewind forget` and `rewind gc` free space; nothing that was stored is affected"
+    default_hint = "`rewind forget` and `rewind gc` free space, or make it larger; nothing that was stored is affected"
 
 
 class PermissionDenied(StoreError):

@@ -10,7 +10,15 @@ import pytest
 
 from appliance import errors
 from appliance.cli.verbs.protection import _paused
-from appliance.errors import NoSuchPoint, PermissionDenied, RevertUnderWay, RewindError, exit_codes, of_the_system
+from appliance.errors import (
+    NoSpace,
+    NoSuchPoint,
+    PermissionDenied,
+    RevertUnderWay,
+    RewindError,
+    exit_codes,
+    of_the_system,
+)
 
 CLASSES = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
 # Exit codes by family, as the module's docstring and `rewind help exit-codes` promise.
@@ -105,3 +113,7 @@ def test_a_command_in_a_hint_can_be_typed_whatever_the_name():
     assert RevertUnderWay(domain="web", point="p").hint == "`rewind resume web` ends it"
     assert NoSuchPoint(when="x").hint == "`rewind points ?` lists them"
     assert "`rewind pause 'le er-ü' --end`" in _paused("le er-ü", False, None)
+
+
+def test_a_full_repository_is_told_a_way_that_helps_also_where_nothing_can_be_forgotten():
+    assert "make it larger" in NoSpace(url="/mnt/repo", name="locks/shared.1").hint
