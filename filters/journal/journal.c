@@ -2,6 +2,9 @@
  *
  * Longer than other files here on purpose: numbering, writing, committing and rotating share one lock and its rules, and
  * whoever changes one of them has to see the others.
+ *
+ * No record ever lies past what the file system has promised for its segment (`room`): a write that fails would leave a
+ * hole, behind which nothing can be read.
  */
 #define _GNU_SOURCE
 #include "journal.h"
@@ -23,8 +26,8 @@
 #define RESERVE ((uint64_t)64 << 10)
 /* The keeper tries a failed rotation or sealing again after this. */
 #define RETRY_NS 200000000
-/* A write waits this long for the next segment on a full disk: well below what its watchdog lets it wait. */
-#define ROTATION_NS 100000000
+/* A write waits this long for the next segment on a full disk: less than the shortest bound of a watchdog, 50 ms. */
+#define ROTATION_NS 40000000
 
 /* --- numbers, with the lock held -------------------------------------------------------------------------------- */
 
@@ -36,12 +39,19 @@ journal_written (const struct journal *journal)
   return journal->hole != 0 && journal->hole <= written ? journal->hole - 1 : written;
 }
 
+/* The least of them: who waited for room is behind elders that came after him. */
+static int64_t
+begun_first (const struct queue *queue, int64_t first)
+{
+  for (const struct unfinished *one = queue->oldest; one != NULL; one = one->newer)
+    first = one->begun < first ? one->begun : first;
+  return first;
+}
+
 int64_t
 journal_waiting_since (const struct journal *journal)
 {
-  const int64_t placed = journal->unfinished.oldest != NULL ? journal->unfinished.oldest->begun : INT64_MAX;
-  const int64_t placeless = journal->placeless.oldest != NULL ? journal->placeless.oldest->begun : INT64_MAX;
-  const int64_t first = placed < placeless ? placed : placeless;
+  const int64_t first = begun_first (&journal->placeless, begun_first (&journal->unfinished, INT64_MAX));
 
   return first == INT64_MAX ? 0 : first;
 }
@@ -136,8 +146,10 @@ has_space (const struct journal *journal, enum kind kind, uint64_t need)
   need += data ? RESERVE : 0;
   if (segment->entries + (data ? 1024 : 0) >= ENTRIES_MOST || segment->tail + need > SEGMENT_MOST)
     return false;
-  /* Its index and footer must get in too, or it could not be sealed. */
-  if (journal->no_room && segment_size (segment) + sizeof (struct index_entry) + need > segment->room)
+  /* Its index and footer must get in too, or it could not be sealed. Past what is promised a write may fail, and its
+   * place in the journal would be a hole: see need_room.
+   */
+  if (segment_size (segment) + sizeof (struct index_entry) + need > segment->room)
     return false;
   return journal_used (journal) + need + sizeof (struct index_entry) <= journal->settings.spool_limit;
 }
@@ -151,12 +163,11 @@ look_whether_full (struct journal *journal)
 
 /* On a full disk the next segment may have its room already: wait for it, but not for long, as a guest waits too. */
 static void
-await_rotation (struct journal *journal, const struct segment *segment)
+await_rotation (struct journal *journal, const struct segment *segment, int64_t until)
 {
-  const int64_t until = now_ns (CLOCK_MONOTONIC) + ROTATION_NS;
-
   while (journal->current == segment && journal->spare.fd != -1 && journal->state != STATE_FAILED
          && journal->spare.room >= journal->settings.segment_size && now_ns (CLOCK_MONOTONIC) < until) {
+    journal->rotation_wanted = true;
     pthread_cond_signal (&journal->work_for_keeper);
     wait_until (&journal->rotated, &journal->lock, until);
   }
@@ -181,32 +192,49 @@ get_room (struct journal *journal, struct segment *segment, uint64_t room)
   return result;
 }
 
-/* Writers are ahead of the keeper, who gives them the next segment: past what the file system promised for this one a
- * write may fail, and its place in the journal would be a hole. What cannot be had is a full disk, for a while. As extend;
- * the watchdog sees that the record waits.
+/* As much beyond `room` as keeps the next writers from asking too, within the limit; or else `room` alone. */
+static int
+get_ample_room (struct journal *journal, struct segment *segment, uint64_t room)
+{
+  const uint64_t left = journal->settings.spool_limit - journal_used (journal);
+  const uint64_t more = journal->settings.segment_size / 8;
+
+  if (more < left && get_room (journal, segment, room + more) == 0)
+    return 0;
+  return get_room (journal, segment, room);
+}
+
+/* Room for a record of which nothing is there yet. Usually the keeper has seen to it; writers may be ahead of him. What
+ * cannot be had is a full disk, for a while. The lock is held, and let go of meanwhile; the watchdog sees that it waits.
  */
 static void
-extend_ahead (struct journal *journal, uint64_t need, struct unfinished *me)
+need_room (struct journal *journal, uint64_t need, struct unfinished *me)
 {
-  struct segment *segment = journal->current;
-  const uint64_t room = segment_size (segment) + sizeof (struct index_entry) + need + RESERVE;
-  int result;
+  const int64_t begun = now_ns (CLOCK_MONOTONIC), until = begun + ROTATION_NS;
+  struct segment *segment;
+  uint64_t room;
+  int result = 0;
 
-  if (room <= segment->room || journal->state == STATE_FAILED
-      || journal_used (journal) + need + RESERVE > journal->settings.spool_limit
-      || (journal->no_room && now_ns (CLOCK_MONOTONIC) < journal->no_room_until))
-    return;
-  me->begun = now_ns (CLOCK_MONOTONIC);
+  me->begun = begun;
   enqueue (&journal->placeless, me);
-  segment->writing++; /* so that it is not sealed meanwhile */
-  result = get_room (journal, segment, room + journal->settings.segment_size / 8);
-  if (result == -1)
-    await_rotation (journal, segment);
+  while (result == 0 && journal->state != STATE_FAILED) {
+    segment = journal->current;
+    room = segment_size (segment) + sizeof (struct index_entry) + need + RESERVE;
+    if (room <= segment->room || journal_used (journal) + need + RESERVE >= journal->settings.spool_limit
+        || now_ns (CLOCK_MONOTONIC) < journal->no_room_until)
+      break;
+    segment->writing++; /* so that it is not sealed meanwhile */
+    result = get_ample_room (journal, segment, room);
+    if (result == -1)
+      await_rotation (journal, segment, until);
+    segment->writing--;
+    if (segment != journal->current) {
+      pthread_cond_signal (&journal->work_for_keeper);
+      result = 0; /* there is another one to look at */
+    }
+  }
   dequeue (&journal->placeless, me);
-  segment->writing--;
-  if (segment != journal->current)
-    pthread_cond_signal (&journal->work_for_keeper);
-  else if (result == -1) {
+  if (result == -1) {
     journal->no_room = true;
     journal->no_room_until = now_ns (CLOCK_MONOTONIC) + RETRY_NS;
   }
@@ -332,8 +360,8 @@ journal_append (struct journal *journal, enum kind kind, uint16_t disk, uint64_t
   int result;
 
   pthread_mutex_lock (&journal->lock);
-  if (kind <= KIND_TRIM)
-    extend_ahead (journal, sizeof record + record_payload (&record), &me);
+  if (kind <= KIND_TRIM && !has_space (journal, kind, sizeof record + record_payload (&record)))
+    need_room (journal, sizeof record + record_payload (&record), &me);
   result = reserve (journal, &record, &me, &segment, &position);
   pthread_mutex_unlock (&journal->lock);
   if (result == -1)
@@ -494,7 +522,7 @@ is_due (const struct journal *journal, int64_t now)
   const struct segment *segment = journal->current;
 
   return segment->entries > 0
-         && (segment->tail >= journal->settings.segment_size || segment->entries >= ENTRIES_MOST * 3 / 4
+         && (journal->rotation_wanted || segment->tail >= journal->settings.segment_size || segment->entries >= ENTRIES_MOST * 3 / 4
              || journal->seal_wanted >= segment->first || now - segment->born >= journal->settings.age_ns);
 }
 
@@ -517,6 +545,7 @@ extend (struct journal *journal)
 
   get_room (journal, segment, room_wanted (journal));
   journal->no_room = segment->room < journal->settings.segment_size;
+  journal->no_room_until = 0;
   look_whether_full (journal);
 }
 
@@ -576,6 +605,7 @@ rotate (struct journal *journal)
   struct spare spare;
   int result, error;
 
+  journal->rotation_wanted = false; /* also when nothing comes of it: then whoever waits gives up */
   if (need_spare (journal) == 0) {
     spare = journal->spare;
     pthread_mutex_unlock (&journal->lock);
@@ -660,19 +690,19 @@ keep (struct journal *journal)
 {
   struct segment *oldest = journal->oldest;
 
-  if (oldest != journal->current && oldest->writing == 0)
+  if (oldest != journal->current && oldest->writing == 0 && !journal->rotation_wanted)
     return seal_oldest (journal);
   if (is_due (journal, now_ns (CLOCK_MONOTONIC)))
     return rotate (journal);
   extend_both (journal);
-  return !journal->no_room;
+  return !journal->no_room && journal->state != STATE_FULL;
 }
 
 static bool
 has_work (const struct journal *journal, int64_t now)
 {
   return (journal->oldest != journal->current && journal->oldest->writing == 0) || is_due (journal, now)
-         || journal->no_room;
+         || journal->no_room || journal->state == STATE_FULL;
 }
 
 static void *
@@ -685,7 +715,7 @@ keeper (void *argument)
   while (!journal->stopping && journal->state != STATE_FAILED) {
     const int64_t now = now_ns (CLOCK_MONOTONIC);
 
-    if (now >= not_before && has_work (journal, now))
+    if ((now >= not_before || journal->rotation_wanted) && has_work (journal, now))
       not_before = keep (journal) ? 0 : now_ns (CLOCK_MONOTONIC) + RETRY_NS;
     else
       wait_until (&journal->work_for_keeper, &journal->lock, now + RETRY_NS / 4);

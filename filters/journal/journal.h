@@ -72,7 +72,8 @@ struct journal {
   uint64_t hole;         /* of the records whose writing failed, the first; 0: none */
   struct segment *oldest, *current; /* unsealed, a list */
   struct spare spare;
-  bool no_room;          /* the current segment did not get all its room: what it has is a bound */
+  bool no_room;          /* the current segment did not get all its room */
+  bool rotation_wanted;  /* a writer waits for the next segment */
   int64_t no_room_until; /* a writer need not ask for more before that */
   struct queue unfinished; /* have a place */
   struct queue placeless;  /* wait for room in the segment */

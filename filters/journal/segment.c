@@ -76,9 +76,14 @@ write_header (int fd, const struct origin *origin, uint64_t floor, uint64_t *len
 int
 segment_promise (int fd, uint64_t room, uint64_t *promised)
 {
+  int result;
+
   if (room <= *promised)
     return 0;
-  if (fallocate (fd, 0, 0, (off_t)room) == -1) {
+  do
+    result = fallocate (fd, 0, 0, (off_t)room);
+  while (result == -1 && errno == EINTR);
+  if (result == -1) {
     if (errno != EOPNOTSUPP && errno != ENOSYS)
       return -1;
     room = SEGMENT_MOST; /* nothing is promised here: a full disk shows at the write itself */

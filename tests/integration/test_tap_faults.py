@@ -74,10 +74,12 @@ class Scene:
 
     def journal_stopped_and_asked_to_shut_down(self):
         """What it has still to write waits for the journal, and it ends; it tells of its writes with its last word."""
+        last_words = r"rw: off, (\d+) errors, longest write (\d+) us"
+        before = len(re.findall(last_words, self.guest.console))
         os.kill(self.tapped.server, signal.SIGSTOP)
         libvirt.virsh("shutdown", self.guest.name, "--mode", "acpi")
         self.tapped.until(self._off, "it does not shut down", 20)
-        errors, longest = map(int, re.findall(r"rw: off, (\d+) errors, longest write (\d+) us", self.guest.console)[-1])
+        ((errors, longest),) = (map(int, one) for one in re.findall(last_words, self.guest.console)[before:])
         self._judge("journal_stopped_and_asked_to_shut_down", errors, longest)
         self._lost()
         self.guest.boot()
