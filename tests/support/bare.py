@@ -12,6 +12,7 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from appliance.errors import DomainLost, MonitorError
@@ -111,7 +112,9 @@ class Machine:
     def uri(self):
         """For `hypervisor.connect`, running or not."""
         disks = "".join(f"&disk={t}:{'qcow2' if p.suffix == '.qcow2' else 'raw'}:{p}" for t, p in self.disks.items())
-        return f"qmp://{self.other_socket}?name=bare&uuid=5a1c0000-0000-4000-8000-000000000001{disks}"
+        # Its own: what another test left half-way reverted on this host must not be of the same domain.
+        own = uuid.uuid5(uuid.NAMESPACE_URL, str(self.folder))
+        return f"qmp://{self.other_socket}?name=bare&uuid={own}{disks}"
 
     def hmp(self, target, command):
         """One qemu-io command on the disk as the guest's device sees it; what it printed, which goes to QEMU's own

@@ -272,7 +272,7 @@ def test_forgetting_by_rules_leaves_what_writes_are_counted_from(captured):
     captured.point("20", at(9), label="only this")
     found = upkeep.forget(captured.session, "web", Policy(last=1), now=at(9))
     assert [(one.point.id, one.keep, one.reasons) for one in found] == [
-        ("10", True, ("later writes are counted from it",)), ("20", True, ("last",)),
+        ("10", True, ("later writes are counted from it",)), ("20", True, ("last", "it has a label")),
     ]  # fmt: skip
     captured.holds(captured.asked("#27", at(8)), range(1, 28))
     # When nothing of the journal is that young any more it is a point as every other.
