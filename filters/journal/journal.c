@@ -165,12 +165,15 @@ look_whether_full (struct journal *journal)
 static void
 await_rotation (struct journal *journal, const struct segment *segment, int64_t until)
 {
-  while (journal->current == segment && journal->spare.fd != -1 && journal->state != STATE_FAILED
-         && journal->spare.room >= journal->settings.segment_size && now_ns (CLOCK_MONOTONIC) < until) {
+  /* Of one without a record there is nothing to seal, so it is never followed by another. */
+  while (journal->current == segment && segment->entries > 0 && journal->spare.fd != -1
+         && journal->state != STATE_FAILED && journal->spare.room >= journal->settings.segment_size
+         && now_ns (CLOCK_MONOTONIC) < until) {
     journal->rotation_wanted = true;
     pthread_cond_signal (&journal->work_for_keeper);
     wait_until (&journal->rotated, &journal->lock, until);
   }
+  journal->rotation_wanted = false; /* or the keeper would seal nothing before it */
 }
 
 /* The file system's promise for more of a segment. The lock is held, and let go of meanwhile: the caller sees to it that
@@ -522,8 +525,9 @@ is_due (const struct journal *journal, int64_t now)
   const struct segment *segment = journal->current;
 
   return segment->entries > 0
-         && (journal->rotation_wanted || segment->tail >= journal->settings.segment_size || segment->entries >= ENTRIES_MOST * 3 / 4
-             || journal->seal_wanted >= segment->first || now - segment->born >= journal->settings.age_ns);
+         && (journal->rotation_wanted || segment->tail >= journal->settings.segment_size
+             || segment->entries >= ENTRIES_MOST * 3 / 4 || journal->seal_wanted >= segment->first
+             || now - segment->born >= journal->settings.age_ns);
 }
 
 /* With the lock held: how far the current segment may reach. */
