@@ -22,7 +22,8 @@ from appliance.restore import outliving
 from appliance.restore.kept import kill, views_of
 
 __all__ = [
-    "Order", "folder", "launch", "load", "names", "needed", "socket_path", "state", "tidy", "unfinished",
+    "Order", "folder", "half_forgotten", "launch", "load", "names", "needed", "socket_path", "state", "tidy",
+    "unfinished",
 ]  # fmt: skip
 
 _START = 30.0
@@ -65,6 +66,7 @@ class Order:
 # All domains that were brought up from a home: their orders and how they stand.
 _KIND = outliving.Kind("images", "appliance.restore.hydrate", Order.from_json)
 folder, names, load, state = _KIND.folder, _KIND.names, _KIND.load, _KIND.state
+half_forgotten = _KIND.half_forgotten
 unfinished, needed = _KIND.unfinished, _KIND.needed
 
 

@@ -124,6 +124,10 @@ class Kind(Generic[_Order]):
                 raise RestoreError(reason=f"{what} of {name!r} does not start: {found.get('error') or 'no answer'}")
             time.sleep(0.05)
 
+    def half_forgotten(self, home: Home, name: str) -> bool:
+        """Whether there is what `drop` has left that was broken off, or a beginning that did not get to its order."""
+        return self.load(home, name) is None and self.folder(home, name).exists()
+
     def drop(self, home: Home, name: str) -> None:
         """Forget it: the order first, by which it exists. Raises OSError where anything stays: keys may be in there,
         and no other one can have the name. May be repeated."""

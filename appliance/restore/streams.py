@@ -33,8 +33,8 @@ from appliance.restore import outliving
 from appliance.restore.kept import holders, kill, views_of
 
 __all__ = [
-    "LOCK", "Order", "daemon_log", "folder", "launch", "load", "names", "needed", "phase_of", "prepare", "socket_path",
-    "state", "tidy", "unfinished",
+    "LOCK", "Order", "daemon_log", "folder", "half_forgotten", "launch", "load", "names", "needed", "phase_of",
+    "prepare", "socket_path", "state", "tidy", "unfinished",
 ]  # fmt: skip
 
 LOCK = "serve.lock"  # in a session's folder, held by the process that serves it
@@ -73,6 +73,7 @@ class Order:
 # All sessions of a home: their orders and how they stand.
 _KIND = outliving.Kind("streams", "appliance.restore.serve", Order.from_json)
 folder, names, load, state = _KIND.folder, _KIND.names, _KIND.load, _KIND.state
+half_forgotten = _KIND.half_forgotten
 unfinished, needed = _KIND.unfinished, _KIND.needed
 
 

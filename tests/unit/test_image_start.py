@@ -12,7 +12,7 @@ import pytest
 
 from appliance import hypervisor
 from appliance.cli.running import emit_running
-from appliance.config import Home
+from appliance.config import Home, write_json
 from appliance.errors import ConfigError, ConnectError, DomainNotFound, Locked
 from appliance.restore import hydrations, outliving
 from appliance.service.image import making, starting
@@ -146,9 +146,10 @@ def raiser(error):
 def brought_up(tmp_path, monkeypatch):
     """`running` of a domain in this phase, of which the hypervisor says this."""
     order = hydrations.Order("twin", "u", "test:///", "p", "{}", {}, {"sda": "vda"}, None, 0, str(tmp_path), "")
-    monkeypatch.setattr(hydrations, "load", lambda *_: order)
     monkeypatch.setattr(starting, "lives", lambda _: True)
-    hydrations.folder(Home(tmp_path), "twin").mkdir(parents=True)
+    folder = hydrations.folder(Home(tmp_path), "twin")
+    folder.mkdir(parents=True)
+    write_json(folder / "order.json", order.to_json())
 
     def made(phase, domain=lambda _: None):
         monkeypatch.setattr(hydrations, "state", lambda *_: {"phase": phase, "error": "no domain"})

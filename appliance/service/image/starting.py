@@ -229,17 +229,13 @@ def forget(session: Session, name: str) -> None:
     """End what is kept for a domain that was brought up: of one that is done, or gone. Raises ConfigError for a name
     that nobody brought up, and for a domain that still needs the repository; Locked, OSError. May be repeated when it
     was broken off."""
-    if not _is_half_forgotten(session, name):
+    if not hydrations.half_forgotten(session.home, name):
         _order(session, name)
     with _alone(session, name):
-        if _is_half_forgotten(session, name):
+        if hydrations.half_forgotten(session.home, name):
             hydrations.tidy(session.home, name)
         else:
             _forget(session, name)
-
-
-def _is_half_forgotten(session: Session, name: str) -> bool:
-    return hydrations.load(session.home, name) is None and hydrations.folder(session.home, name).exists()
 
 
 def _forget(session: Session, name: str) -> None:

@@ -249,7 +249,7 @@ def _warnings(choices: Choices) -> list[str]:
 
 def known(session: Session, name: str) -> bool:
     """Whether there is a session of that name, or what is left of one."""
-    return streams.load(session.home, name) is not None or _is_half_forgotten(session, name)
+    return streams.load(session.home, name) is not None or streams.half_forgotten(session.home, name)
 
 
 def listing(session: Session) -> list[Streamed]:
@@ -283,18 +283,14 @@ def resume(session: Session, name: str) -> None:
 def forget(session: Session, name: str, force: bool = False) -> None:
     """End a session. Raises Locked, ConfigError for an unknown name, and unless `force` for a machine that is not
     alone yet: what it has written would be lost. OSError; may be repeated when it was broken off."""
-    if not _is_half_forgotten(session, name):
+    if not streams.half_forgotten(session.home, name):
         _order(session, name)
     with _alone(session, name):
-        found = None if _is_half_forgotten(session, name) else _streamed(session, name)
+        found = None if streams.half_forgotten(session.home, name) else _streamed(session, name)
         if found is not None and found.boots and found.phase != "done" and not force:
             reason = f"the machine of {name!r} still needs it, and what it has written is nowhere else"
             raise ConfigError(reason=reason, hint="wait until `rewind image list` says done, or add --force")
         streams.tidy(session.home, name)
-
-
-def _is_half_forgotten(session: Session, name: str) -> bool:
-    return streams.load(session.home, name) is None and streams.folder(session.home, name).exists()
 
 
 def _order(session: Session, name: str) -> streams.Order:
