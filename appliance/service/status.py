@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from appliance.errors import ConnectError, DomainNotFound, RewindError
 from appliance.service.capturing import Capturing, capturing
 from appliance.service.naming import found, holder, lost
 from appliance.service.underway import under_way
+from appliance.store.backend.place import NEARLY_NOTHING, free_bytes
 
 if TYPE_CHECKING:
     from appliance.capture.protection import Protection
@@ -37,6 +37,10 @@ class InstanceState:
     points: int
     daemon: bool
     free: int | None = None
+
+    @property
+    def nearly_full(self) -> bool:
+        return self.free is not None and self.free < NEARLY_NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def status(
     points = session.catalogue.points(measure=False)
     state = InstanceState(
         instance["url"], session.repository.id, session.repository.encrypted, len(points), session.daemon_runs(),
-        _free(str(instance["url"])),
+        free_bytes(str(instance["url"])),
     )
     records = [one for one in protection.all_records(session.home) if only in (None, one.domain, one.uuid)]
     moment = now or datetime.now(UTC)
@@ -105,13 +109,6 @@ def status(
         names = [only] if only else [name for name in session.hypervisor().domains() if name not in known]
         found += [_unprotected(session, str(name), points, moment) for name in names]
     return state, found
-
-
-def _free(url: str) -> int | None:
-    try:
-        return shutil.disk_usage(url.removeprefix("file://")).free
-    except (OSError, ValueError):
-        return None  # no folder, as with s3://…
 
 
 def _protected(session: Session, record: Protection, points: list[Summary], now: datetime) -> DomainState:

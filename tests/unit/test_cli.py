@@ -1346,7 +1346,7 @@ def test_status_tells_of_a_repository_that_is_nearly_full(web, monkeypatch):
     protection.save(Home(web.home), replace(protection.load(Home(web.home), UUID), every=None))
     monkeypatch.setattr("appliance.service.status._state", lambda *_: ("shutoff", (), ()))
     for free, code in ((1 << 40, 0), (1 << 20, 1), (None, 0)):
-        monkeypatch.setattr("appliance.service.status._free", lambda _url, free=free: free)
+        monkeypatch.setattr("appliance.service.status.free_bytes", lambda _url, free=free: free)
         assert web("status", "web") == code
         assert ("has only 1.00 MiB left" in web.out or "has only 1 MiB left" in web.out) is (code == 1), web.out
     assert web.json("status")[0]["free_bytes"] is None

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pause_command", "point_command", "protect_command", "status_command", "unprotect_command"]
 
-# The next point of some size may not find room any more; `doctor` calls the same a failure.
-_NEARLY_NOTHING = 256 << 20
 _QUIESCE = click.Choice(["auto", "require", "never"])
 
 
@@ -230,14 +228,14 @@ def status_command(context: Context, domain: str | None, everything: bool) -> in
         emit_streamed(context, machine)
     if orphans:
         context.output.tell(f"no `rewind daemon` runs, so nobody takes the points of {', '.join(orphans)} by the clock")
-    if full := instance.free is not None and instance.free < _NEARLY_NOTHING:
+    if instance.nearly_full:
         context.output.tell(f"the repository has only {format_size(instance.free or 0)} left: the next point may fail")
     blind = any(one.capture and one.capture.mode in ("waiting", "behind") and one.state == "running" for one in found)
     silent = any(one.state == "unknown" and one.notes for one in found)
     lost = any(one.uncaptured or one.state == "gone" for one in domains)
     alone = "stopped" in [*(one.phase for one in started), *(one.phase for one in served)]
     late = any(one.late or one.revert for one in found)
-    return 1 if full or orphans or silent or blind or lost or alone or late else 0
+    return 1 if instance.nearly_full or orphans or silent or blind or lost or alone or late else 0
 
 
 def _domain(one: DomainState) -> records.DomainStatus:

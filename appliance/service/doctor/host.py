@@ -19,8 +19,8 @@ from appliance.service import keys
 from appliance.service.doctor import known
 from appliance.service.doctor.finding import Check, fail, ok, warn
 from appliance.service.locks import daemon_lock
-from appliance.store.backend.place import on_this_host
-from appliance.units import GiB, MiB, format_duration, format_size
+from appliance.store.backend.place import NEARLY_NOTHING, folder_of, on_this_host
+from appliance.units import GiB, format_duration, format_size
 
 if TYPE_CHECKING:
     from appliance.service.session import Session
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS", "FOR_EACH_DOMAIN", "WITHOUT_HOME"]
 
 # Below the first a long epoch may fill the disk; below the second the next small one will.
-_LITTLE, _NEARLY_NOTHING = 5 * GiB, 256 * MiB
+_LITTLE = 5 * GiB
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 
 
@@ -106,18 +106,13 @@ def repository(session: Session) -> Iterator[Check]:
 def space(session: Session) -> Iterator[Check]:
     """Of the home (scratch files, cache, patches) and of a repository in a folder."""
     places = {"home": session.home.path}
-    url = str(session.instance.get("url", ""))
-    folder = Path(url.removeprefix("file://"))
-    if (
-        "://" not in url.removeprefix("file://")
-        and folder.is_dir()
-        and folder.stat().st_dev != places["home"].stat().st_dev
-    ):
+    folder = folder_of(str(session.instance.get("url", "")))
+    if folder is not None and folder.is_dir() and folder.stat().st_dev != places["home"].stat().st_dev:
         places["repository"] = folder
     for name, path in places.items():
         free = shutil.disk_usage(path).free
         text = f"{format_size(free)} free at {path}"
-        if free < _NEARLY_NOTHING:
+        if free < NEARLY_NOTHING:
             yield fail("space", f"only {text} ({name})", "make room: rewind forget, then rewind gc")
         elif free < _LITTLE:
             yield warn("space", f"only {text} ({name})", "make room: rewind forget, then rewind gc")

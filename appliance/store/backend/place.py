@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["file_system", "on_this_host"]
+__all__ = ["NEARLY_NOTHING", "file_system", "folder_of", "free_bytes", "on_this_host"]
+
+# Bytes below which the next point of some size does not find room any more.
+NEARLY_NOTHING: Final = 256 << 20
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 _ELSEWHERE: Final = {
@@ -32,12 +36,29 @@ def on_this_host(url: str, mounts: Path = _MOUNTS) -> str:
     return "" if kind in _ELSEWHERE or kind.startswith("fuse.") else kind
 
 
-def file_system(url: str, mounts: Path = _MOUNTS) -> str:
-    """The type of the file system that the folder lies on; empty where the URL is of no folder."""
+def folder_of(url: str) -> Path | None:
+    """None where the URL is of no folder."""
     scheme, separator, _ = url.partition("://")
     if separator and scheme != "file":
+        return None
+    return Path(unquote(urlsplit(url).path) if separator else url)
+
+
+def free_bytes(url: str) -> int | None:
+    """What is left where the folder lies; None where there is no folder, or it cannot be told."""
+    folder = folder_of(url)
+    try:
+        return None if folder is None else shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def file_system(url: str, mounts: Path = _MOUNTS) -> str:
+    """The type of the file system that the folder lies on; empty where the URL is of no folder."""
+    named = folder_of(url)
+    if named is None:
         return ""
-    folder = Path(os.path.realpath(unquote(urlsplit(url).path) if separator else url))
+    folder = Path(os.path.realpath(named))
     found = (0, _UNKNOWN)
     for point, kind in _mounted(mounts):
         # Of two on one folder the later one covers the other.
