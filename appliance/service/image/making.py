@@ -8,8 +8,6 @@ build    the image in a folder; nothing is written when a driver is missing
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,15 +72,11 @@ class Ready:
 def opened(session: Session, domain: str, when: str, keys: Sequence[bytes] = ()) -> Iterator[tuple[Point, Guest]]:
     """The system in a point, read-only. `keys` are passphrases for LUKS. Raises GuestUnreadable, and as `export`."""
     point = resolve(session, domain, when)
-    folder = Path(tempfile.mkdtemp(prefix="guest-", dir=session.home.path / "run"))
-    try:
-        with export(session, domain, point.id) as served:
-            disks = {one.disk: one.uri for one in served.disks}
-            kept, accelerator = readers.folder(session), session.settings.accelerator
-            with open_guest(disks, folder, keys=keys, appliances=kept, accelerator=accelerator) as guest:
-                yield point, guest
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with readers.scratch(session) as folder, export(session, domain, point.id) as served:
+        disks = {one.disk: one.uri for one in served.disks}
+        kept, accelerator = readers.folder(session), session.settings.accelerator
+        with open_guest(disks, folder, keys=keys, appliances=kept, accelerator=accelerator) as guest:
+            yield point, guest
 
 
 def plan(

@@ -7,6 +7,9 @@ is made when somebody asks for it and proved by starting it; a point's reading n
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +41,14 @@ class Kept:
 def folder(session: Session) -> Path:
     """Where it is, or would be."""
     return session.home.cache / "reader"
+
+
+@contextmanager
+def scratch(session: Session) -> Iterator[Path]:
+    """A folder for the sockets of one reading, which goes with it."""
+    where = session.home.path / "run"
+    with tempfile.TemporaryDirectory(prefix="guest-", dir=where, ignore_cleanup_errors=True) as made:
+        yield Path(made)
 
 
 def make(session: Session, kernel: str | Path | None = None) -> Kept:

@@ -9,8 +9,6 @@ Experimental: never promised.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,9 +52,7 @@ class Way:
     change: Callable[[Mapping[str, Path]], None] = lambda _: None
 
 
-def planned(
-    session: Session, domain: str, when: str, target: str, found: IsWindows, after: After
-) -> PlannedWindows:
+def planned(session: Session, domain: str, when: str, target: str, found: IsWindows, after: After) -> PlannedWindows:
     """Raises NoSuchTarget, and as `resolve`. What hinders it is told in the plan."""
     point = resolve(session, domain, when)
     plan = judged(found, targets.find(session, target).inventory, after, {})
@@ -88,7 +84,7 @@ def way(
 def change(session: Session, plan: WindowsPlan, disks: Mapping[str, Path]) -> None:
     """Have its drivers start at boot, on `disks` (by the names that they have in the point): qcow2 images that nobody
     else has open. Raises GuestUnreadable, ToolFailed; the disks are of no use then."""
-    with _folder(session) as folder, _appliance(session) as made:
+    with readers.scratch(session) as folder, _appliance(session) as made:
         served = {name: f"qcow2:{path}" for name, path in disks.items()}
         accelerator = session.settings.accelerator
         with (
@@ -97,15 +93,6 @@ def change(session: Session, plan: WindowsPlan, disks: Mapping[str, Path]) -> No
         ):
             tree.volumes()  # by them it knows the names
             tree.start_at_boot(plan.windows.volume, plan.windows.control_set, plan.drivers)
-
-
-@contextmanager
-def _folder(session: Session) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="guest-", dir=session.home.path / "run"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
