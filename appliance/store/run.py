@@ -148,7 +148,7 @@ def write_run(folder: Path, packs: Sequence[bytes], parts: Iterable[list[bytes]]
             os.fsync(file.fileno())
         path = folder / (os.path.basename(temporary).removeprefix(".run-") + SUFFIX)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: nobody else would remove it
         Path(temporary).unlink(missing_ok=True)
         raise
     return Run(path)

@@ -261,7 +261,7 @@ class Catalogue:
                 self._create(database)
             if _version(database) != _VERSION or self._foreign(database):
                 raise sqlite3.DatabaseError("of another version or repository")
-        except BaseException:
+        except BaseException:  # also Ctrl-C: a connection that nobody has would keep its lock
             database.close()
             raise
         return database

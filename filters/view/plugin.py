@@ -179,7 +179,7 @@ def pread(view: DiskView | _Text, buf: bytearray, offset: int, flags: int) -> No
         keep_thread()
     try:
         view.readinto(memoryview(buf), offset)
-    except BaseException:
+    except BaseException:  # whatever it is, the client gets an errno; nbdkit tells the rest
         nbdkit.set_error(errno.EIO)
         raise
 
@@ -188,7 +188,7 @@ def extents(view: DiskView, count: int, offset: int, flags: int) -> list[tuple[i
     try:
         one = flags & nbdkit.FLAG_REQ_ONE
         found = [view.first_extent(offset, count)] if one else view.extents(offset, count)
-    except BaseException:
+    except BaseException:  # whatever it is, the client gets an errno; nbdkit tells the rest
         nbdkit.set_error(errno.EIO)
         raise
     hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO

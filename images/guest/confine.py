@@ -131,7 +131,7 @@ def start(
             [*program, str(theirs.fileno())], name=name, log=log, env=environment,
             pass_fds=[theirs.fileno(), *pass_fds],
         )  # fmt: skip
-    except BaseException:
+    except BaseException:  # also Ctrl-C: it is handed out only with its child
         ours.close()
         raise
     finally:
