@@ -10,6 +10,7 @@
 #ifndef REWIND_JOURNAL_JOURNAL_H
 #define REWIND_JOURNAL_JOURNAL_H
 
+#include "queue.h"
 #include "segment.h"
 
 #include <pthread.h>
@@ -36,19 +37,11 @@ struct disk_counters {
   bool lost; /* a record of it was refused and none has been taken since */
 };
 
+/* What failed for want of space is tried again after this. */
+#define RETRY_NS 200000000
+
 struct sealed {
   uint64_t first, last, bytes;
-};
-
-/* A record that is not written yet, with its place (and then its number), or without. On the stack of its writer. */
-struct unfinished {
-  struct unfinished *older, *newer;
-  uint64_t sequence;
-  int64_t begun;
-};
-
-struct queue {
-  struct unfinished *oldest, *newest;
 };
 
 struct journal {
@@ -94,6 +87,11 @@ struct journal {
   pthread_t committer, keeper;
   bool running;
 };
+
+/* With the lock held: nothing is taken any more; told once. */
+void journal_fail (struct journal *journal, int error, const char *what);
+/* Until it is signalled, or that time of CLOCK_MONOTONIC in nanoseconds has come. */
+void wait_until (pthread_cond_t *condition, pthread_mutex_t *lock, int64_t when);
 
 /* With the lock held: since when the oldest record waits to be written; 0: none does. */
 int64_t journal_waiting_since (const struct journal *journal);

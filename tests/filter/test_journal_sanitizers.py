@@ -19,7 +19,7 @@ from appliance.journal.build import _SOURCE as SOURCE
 from tests.filter.journald import Journald, MiB, replay, scribble
 
 STRESS = Path(__file__).parent / "journal" / "stress.c"
-PARTS = ["answer.c", "control.c", "crc32c.c", "journal.c", "recover.c", "segment.c"]
+PARTS = ["answer.c", "control.c", "crc32c.c", "journal.c", "recover.c", "room.c", "segment.c"]
 
 
 def compiled(folder: Path, *options: str) -> Path:
