@@ -37,9 +37,9 @@ def duration_option(
     )
 
 
-def wait_option() -> Callable[[_F], _F]:
-    """The same for every verb that changes something."""
-    text = "How long to wait while another rewind works on the domain (default: not at all)."
+def wait_option(default: str = "not at all") -> Callable[[_F], _F]:
+    """The same for every verb that changes something; `default` tells what is done without it."""
+    text = f"How long to wait while another rewind works on the domain (default: {default})."
     return click.option("--wait", metavar="DURATION", default="0", callback=_wait, help=text)
 
 

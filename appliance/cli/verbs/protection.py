@@ -94,7 +94,7 @@ def protect_command(
 @domain_argument()
 @duration_option("--for", text="End it by itself after this time (10m). Default: `rewind pause DOMAIN --end` ends it.")
 @click.option("--end", is_flag=True, help="Go on now.")
-@wait_option()
+@wait_option("up to a minute, for a point or a tap under way")
 def pause_command(context: Context, domain: str, end: bool, wait: float, **given: float | None) -> None:
     """Let the disks of DOMAIN alone for a while, so that its admin can commit, copy or resize them.
 
