@@ -8,7 +8,7 @@
 Each phase is durable *before* the step that it names begins, so what is on disk is at most one step behind what was
 announced, and every step may be repeated:
 
-    PLANNED       the fence stands; patches are being made, the guest may be stopped
+    PLANNED       the fence is put up; patches are being made, the guest may be stopped
     FENCED        the patches are final; the stopped guest's devices may have been switched
     SWITCHED      the guest's devices are on the chain, D is written by the hydration
     MERGING       D is written with the guest's own blocks too
@@ -154,8 +154,17 @@ def load(home: Home, uuid: str) -> Intent | None:
         return None
     except (OSError, ValueError) as error:
         raise RestoreError(reason=f"cannot read {path}: {error}") from error
-    if value.pop("format", None) != FORMAT:
-        raise RestoreError(reason=f"{path} was written by another version of rewind", hint="resume with that version")
+    try:
+        if value.pop("format", None) != FORMAT:
+            raise RestoreError(
+                reason=f"{path} was written by another version of rewind", hint="resume with that version"
+            )
+        return _decoded(value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON, and no intent
+        raise RestoreError(reason=f"cannot read {path}: {error!r}") from error
+
+
+def _decoded(value: dict[str, Any]) -> Intent:
     value["phase"] = Phase(value["phase"])
     value["notes"] = tuple(value["notes"])
     value["owner"] = tuple(value["owner"]) if value["owner"] else None

@@ -54,7 +54,12 @@ def result_of(intent: Intent) -> Result:
 def come_of(meant: Intent | None, found: Intent | None, roll_back: bool) -> Result | None:
     """What came of the revert that was under way; None when it still is, or was given up: that has left its place to
     the revert before it. Raises NothingToResume when it was too late to roll it back."""
-    if meant is None or meant.ended or found is None or found.id != meant.id or not found.ended:
+    if meant is None or meant.ended or found is None:
+        return None
+    if roll_back and found.id != meant.id and not found.ended:
+        hint = f"another one to {found.point} is under way now: `rewind status {quote(found.domain)}` shows it"
+        raise NothingToResume(domain=found.domain, hint=hint)
+    if found.id != meant.id or not found.ended:
         return None
     if roll_back and not found.rolling_back:
         hint = f"it ended before it could be rolled back: `rewind undo {quote(found.domain)}` leads back"

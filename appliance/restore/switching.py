@@ -131,8 +131,9 @@ class Switching:
     def _announce(self, intent: Intent) -> Intent:
         """From now on a revert is under way for everybody else."""
         neighbours.announce(self._home)
-        fence.put_up(self._home, intent.uuid)
+        # Before the fence: one of which no intent knows would stand for ever, with nothing for `resume` to end.
         intents.save(self._home, intent)
+        fence.put_up(self._home, intent.uuid)
         for disk in intent.disks:
             make_overlay(self._home.revert(intent.uuid) / disk.overlay, disk.size)
         return intent

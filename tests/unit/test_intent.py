@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,10 @@ from appliance.restore import keeper
 from appliance.restore.drive import Driver
 from appliance.restore.intent import DiskIntent, Intent, Phase
 from appliance.restore.keeping import Keeper
+from appliance.restore.result import come_of
 from appliance.restore.retrieval import Retrieval
 from appliance.restore.revert import Reverter
+from appliance.restore.switching import Switching
 
 
 def made(**changes):
@@ -104,6 +107,16 @@ def test_another_version_is_not_guessed_at(home):
         intents.load(home, "u-1")
 
 
+@pytest.mark.parametrize("text", ["[]", '{"format": 1}', '{"format": 1, "phase": "somewhere", "notes": []}', "null"])
+def test_what_is_no_intent_is_one_sentence(home, text):
+    """Another home reads it as well, for a domain that may not be its own."""
+    folder = home.revert("u-1")
+    folder.mkdir(parents=True)
+    (folder / "intent.json").write_text(text)
+    with pytest.raises(RestoreError, match=r"cannot read|another version"):
+        intents.load(home, "u-1")
+
+
 def test_discard_brings_the_revert_before_back(home):
     """P5-05: what has not begun does not take the place of what can be undone."""
     before = intents.save(home, made(id="before").at(Phase.DONE))
@@ -160,6 +173,27 @@ def test_who_waits_for_the_end_of_a_revert_is_told_what_came_of_it(home, monkeyp
     assert reverter(home).resume(meant=made().at(Phase.MERGING)).state == "done"
     with pytest.raises(NothingToResume):
         reverter(home).resume()
+
+
+def test_a_revert_that_came_after_the_one_that_was_meant_is_not_rolled_back():
+    later = replace(made().at(Phase.SWITCHED), id="r-2")
+    with pytest.raises(NothingToResume) as caught:
+        come_of(made().at(Phase.SWITCHED), later, roll_back=True)
+    assert "another one" in caught.value.hint
+    assert come_of(made().at(Phase.SWITCHED), later, roll_back=False) is None
+
+
+def test_the_intent_is_there_before_the_fence(home, monkeypatch):
+    """Else a death between the two leaves a domain that cannot be started, and nothing for `resume` to end."""
+    known = []
+    monkeypatch.setattr("appliance.restore.neighbours.announce", lambda _: None)
+    monkeypatch.setattr("appliance.restore.switching.make_overlay", lambda *_: None)
+    monkeypatch.setattr("appliance.restore.fence.put_up", lambda home, uuid: known.append(intents.load(home, uuid)))
+    site = SimpleNamespace(
+        home=home, settings=None, spec=None, repo=None, domain=None, settings_file=None, progress=None
+    )
+    Switching(site, None)._announce(made())
+    assert known == [made()]
 
 
 def test_a_revert_that_ended_before_it_was_rolled_back_can_be_undone(home, monkeypatch):
