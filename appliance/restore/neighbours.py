@@ -6,7 +6,7 @@ mark, and with the keeper dead nobody holds their lock. So the homes are found, 
 that what tells where a home is cannot go stale:
 
     its libvirt hook                   is there through a reboot
-    a link beside the host's locks     of every home that reverts, also of a bare QEMU; gone with a reboot
+    a link beside the host's locks     of every home that reverts, also of a bare QEMU; goes with those locks
 """
 
 from __future__ import annotations
@@ -43,17 +43,25 @@ def refuse_half_way(home: Home, hooks: Path, names: Sequence[str], uuid: str, do
     images has not ended. `names` are the domain's locks on this host: see `hostlock`."""
     for other in _others(home, hooks):
         for one in _pending(other, uuid):
-            if set(names) & set(hostlock.names_of(one.uuid, [disk.source for disk in one.disks])):
+            if _is_about(one, names):
                 command = f"rewind --home {shlex.quote(str(other.path))} resume {shlex.quote(one.domain)}"
                 raise RevertUnderWay(
                     domain=domain, point=one.point, hint=f"home {other.path} began it: `{command}` ends it"
                 )
 
 
+def _is_about(one: Intent, names: Sequence[str]) -> bool:
+    """By the domain, and only else by its images: to ask for these may take long where they are far away."""
+    by_domain = set(hostlock.names_of(one.uuid, ()))
+    if by_domain & set(names):
+        return True
+    return len(names) > 1 and bool(set(names) & set(hostlock.names_of(one.uuid, [disk.source for disk in one.disks])))
+
+
 def _others(home: Home, hooks: Path) -> list[Home]:
-    linked = [link.resolve() for link in hostlock.folder().glob(_LINK + "*")]
-    mine = home.path.resolve()
-    return [Home(path) for path in sorted({*linked, *fence.homes(hooks)}) if path != mine]
+    named = (*hostlock.folder().glob(_LINK + "*"), *fence.homes(hooks))
+    mine = home.path.resolve()  # a home that was moved behind a link is none other
+    return [Home(path) for path in sorted({one.resolve() for one in named}) if path != mine]
 
 
 def _pending(other: Home, uuid: str) -> Iterator[Intent]:
