@@ -145,9 +145,9 @@ def _by_age(points: Sequence[P], policy: Policy, now: datetime, zone: tzinfo | N
 
 
 def _by_label(points: Sequence[P], policy: Policy, now: datetime, zone: tzinfo | None) -> _Found[P]:
-    # Without a rule everything stays, for that one reason.
+    # Without a rule everything stays, for that one reason; and what a revert calls its points nobody gave a name.
     wanted = policy.labelled and not policy.empty
-    return [(point, "it has a label") for point in points if wanted and point.label]
+    return [(point, "it has a label") for point in points if wanted and point.label and not is_safety(point)]
 
 
 def _by_safety(points: Sequence[P], policy: Policy, now: datetime, zone: tzinfo | None) -> _Found[P]:

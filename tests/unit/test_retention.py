@@ -123,6 +123,12 @@ def test_without_rules_everything_stays():
     assert not Policy(within=1).empty
 
 
+def test_the_state_before_a_revert_does_not_stay_for_what_the_revert_calls_it():
+    """It has a window of its own; else each revert would leave a point for ever."""
+    old = P("before", NOW - 9 * DAY, reason="safety", label="kept as revert to 01a2 began")
+    assert kept([old, *every(DAY, 3)], last=1) == ["0"]
+
+
 def test_what_has_a_label_stays():
     points = [P("named", NOW - 9 * DAY, label="before-upgrade"), *every(DAY, 3)]
     assert kept(points, last=1) == ["named", "0"]
