@@ -65,7 +65,7 @@ def timeline(
         raise ConfigError(reason=f"there is nothing between {start.isoformat()} and {end.isoformat()}")
     notes: list[str] = []
     spool = session.home.spool(uuid)
-    flows, marks = _journal(spool, start, (end - start) / buckets, notes)
+    flows, marks = _journal(spool, start, end, buckets, notes)
     known = Known(
         points, session.repository.timelines(uuid), reachable(spans, points, _held(session, uuid)),
         missing(points, record.every if record else None, spans, bool(record and record.continuous), moment),
@@ -145,12 +145,16 @@ def _headers(journal: Journal) -> Iterator[str]:
 
 
 def _journal(
-    spool: Path, since: datetime, grain: timedelta, notes: list[str]
-) -> tuple[list[Flow], list[Mark]]:  # fmt: skip
-    """Bytes and marks of the journal's segments that were written to after `since`; the rest is not opened."""
+    spool: Path, since: datetime, until: datetime, buckets: int, notes: list[str]
+) -> tuple[list[Flow], list[Mark]]:
+    """Bytes and marks of the journal's segments that were written to after `since` and begun before `until`, as finely
+    as is drawn; the rest is not read."""
+    grain = (until - since) / buckets
     flows: list[Flow] = []
     marks: list[Mark] = []
     for segment in _segments(spool, since, notes):
+        if _moment(segment.header.wall_ns) > until:
+            continue
         try:
             flows += _flows(segment, grain)
             marks += _marks(segment)

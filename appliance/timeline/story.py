@@ -221,12 +221,10 @@ def _spread(flows: Iterable[Flow], since: datetime, length: timedelta, count: in
 
 
 def _touched(known: Known, since: datetime, length: timedelta, count: int) -> set[int]:
-    """The buckets of which the journal tells: what it covers, and from its first to its last write in the window."""
-    end = since + count * length
-    flows = [(one.start, max(one.end, one.start)) for one in known.flows]
-    inside = [(start, stop) for start, stop in flows if stop >= since and start < end]
-    whole = [(min(start for start, _ in inside), max(stop for _, stop in inside))] if inside else []
+    """The buckets of which the journal tells: those that it has writes of, and what it covers."""
     found: set[int] = set()
-    for start, stop in (*whole, *known.covered):
-        found |= set(range(max(0, int((start - since) / length)), min(count, int((stop - since) / length) + 1)))
+    for start, stop in (*((one.start, max(one.end, one.start)) for one in known.flows), *known.covered):
+        low, high = (start - since) / length, (stop - since) / length
+        if high >= 0:
+            found |= set(range(max(0, int(low)), min(count, int(high) + 1)))
     return found

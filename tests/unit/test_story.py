@@ -66,6 +66,18 @@ def test_a_journal_knows_better_than_points():
     assert told == [(250, False), (250, False), (7 + 5, True), (15, True)]
 
 
+def test_what_the_journal_does_not_tell_of_is_told_by_points():
+    """While capture stepped aside, in the busiest hour say, nothing was recorded; that is not the same as no writes."""
+    known = Known(
+        [point("a", 0), point("b", 60, since="a", changed=1000)],
+        flows=[Flow(at(5), at(6), 7), Flow(at(90), at(91), 9)],
+        covered=[(at(0), at(19)), (at(80), at(99))],
+    )  # fmt: skip
+    told = [(one.bytes, one.exact) for one in tell(known, at(0), at(100), 5).buckets]
+    assert [exact for _, exact in told] == [True, False, False, False, True]
+    assert told[1][0] > 300 and told[2][0] > 300
+
+
 def test_a_flow_that_ends_before_it_begins_is_of_one_instant():
     """The clock was set back inside of a segment."""
     assert bytes_of(Known([], flows=[Flow(at(10), at(5), 9)]), 0, 20, 2) == [0, 9]
@@ -177,7 +189,7 @@ def test_the_drawing(eventful):
     assert draw(story) == "\n".join(
         [
             "2026-03-01 12:00:00 to 2026-03-01 13:00:00 (1 h), up to 171 KiB/s written, 5 points",
-            "rate      ▁▁▁▁▁▁▁▁▁▁▁▁▁▅██████   ▁▂▂▂▂▂▂▂▂▂▂▂▂▂▂▂▂",
+            "rate      ▁▁▁▁▁▁▁▁▁▁▁▁▁▅██████ ▁▁▁▂▂▂▂▂▂▂▂▂▂▂▂▂▂▂▂",
             "                                    ▾",
             "aaaa1111  ●·····●······◆──────xxx●───────",
             "bbbb2222                                ╰──●──────",
