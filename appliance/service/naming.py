@@ -123,7 +123,7 @@ def _several(name: str, found: dict[str, int]) -> ConfigError:
     newest = list(found)[-1]
     return ConfigError(
         reason=f"{name!r} was the name of {len(found)} domains: {listed}",
-        hint=f"name the one that is meant by its UUID; the newest: rewind points {newest}",
+        hint=f"name the one that is meant by its UUID; the newest: `rewind points {newest}`",
     )
 
 

@@ -7,6 +7,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from appliance.config import write_json
@@ -127,7 +128,7 @@ def _repository(
         pass
     except WrongKey as error:
         tried = "" if known is None else f" ({path} was tried)"
-        hint = f"give a copy of its key{tried}: rewind init --repository {url} --key-file FILE"
+        hint = f"give a copy of its key{tried}: `rewind init --repository {quote(url)} --key-file FILE`"
         raise WrongKey(**error.fields, hint=hint) from None
     key = _new_key(session, path, new_passphrase) if encrypt else None
     return Repository.create(backend, cache=session.home.cache, key=key), True, path

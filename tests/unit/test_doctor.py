@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from appliance.capture.choice import choose
 from appliance.capture.protection import Protection
+from appliance.cli.app import VERBS
 from appliance.config import Home
 from appliance.errors import ConnectError, DomainNotFound, NotSupported
 from appliance.hypervisor.base import Disk, DomainState, QemuProcess
@@ -200,7 +203,7 @@ def test_a_revert_that_nobody_ends_is_a_failure(session, there):
     for only in ("web", None):
         found = [one for one in domains.check(session, only) if "revert" in one.finding]
         assert [(one.name, one.status) for one in found] == [("domain web", "fail")]
-        assert "0001abcd00000001" in found[0].finding and found[0].remedy == "rewind resume web"
+        assert "0001abcd00000001" in found[0].finding and found[0].remedy == "`rewind resume web`"
     assert "revert" not in text(domains.check(session, "db"))
 
 
@@ -309,3 +312,22 @@ def test_a_schedule_without_a_daemon_is_told(session):
     assert "rewind daemon" in text(host.daemon(session), "warn")
     protection.save(session.home, Protection("db", "v", "test:///", ("vda",), "id", "t", continuous=True))
     assert "nobody starts it again for db" in text(host.daemon(session), "warn")
+
+
+def _texts(tree):
+    """What stands in a module as a string, with X for what is filled in; no docstrings."""
+    inner = {id(one) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for one in node.values}
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(one.value if isinstance(one, ast.Constant) else "X" for one in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner | told:
+            yield node.value
+
+
+def test_each_command_of_a_remedy_is_marked_as_one():
+    """Only such a command is told with the --home that was given: typed without it, it would work in another home."""
+    command = re.compile(rf"\brewind (--home|{'|'.join(VERBS)})\b")
+    for path in Path(host.__file__).parent.glob("*.py"):
+        for text in _texts(ast.parse(path.read_text())):
+            assert not command.search(re.sub(r"`[^`]*`", "", text)), (path.name, text)

@@ -175,7 +175,7 @@ def test_where_nothing_decides_the_uuids_are_listed(lost):
         with pytest.raises(ConfigError) as caught:
             uuid_of(lost, "web", reading=reading)
         assert OLD in caught.value.message and NEW in caught.value.message
-        assert caught.value.hint.endswith(f"rewind points {NEW}")
+        assert caught.value.hint.endswith(f"`rewind points {NEW}`")
     assert uuid_of(lost, OLD) == (OLD, "web")
     lost.there.append(Domain("another"))
     with pytest.raises(NotProtected):

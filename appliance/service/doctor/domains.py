@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from appliance.errors import RewindError
@@ -40,13 +41,13 @@ def _reverts(session: Session, only: str | None) -> Iterator[Check]:
     for one in under_way(session):
         if only not in (None, one.domain, one.uuid):
             continue
-        remedy = f"rewind resume {one.domain}"
+        remedy = f"`rewind resume {quote(one.domain)}`"
         if one.uuid in left:
             finding = f"a revert to {one.target} is half-way and nobody goes on with it: the guest may be paused"
             yield fail(f"domain {one.domain}", finding, remedy)
         else:
             finding = f"a revert to {one.target} is under way and goes on by itself"
-            yield warn(f"domain {one.domain}", finding, f"`{remedy}` waits for its end")
+            yield warn(f"domain {one.domain}", finding, f"{remedy} waits for its end")
 
 
 def _domain(session: Session, domain: Domain) -> Iterator[Check]:
@@ -83,7 +84,7 @@ def _disks(name: str, domain: Domain, record: Protection | None) -> Iterator[Che
             yield fail(
                 name,
                 f"{disk.target} cannot be protected: {disk.refusal}",
-                f"rewind protect {domain.name} --disk OTHERS",
+                f"`rewind protect {quote(domain.name)} --disk OTHERS`",
             )
         else:
             yield warn(
@@ -139,6 +140,7 @@ def _leftovers(session: Session, name: str, domain: Domain) -> Iterator[Check]:
         found = [one for one in found if one not in taps]
     if found:
         # Taps are left to whoever captures; stepping aside takes them out.
-        aside = f"rewind pause {domain.name}, then `--end` of it"
-        remedy = aside if taps else f"rewind point {domain.name}"
+        typed = quote(domain.name)
+        aside = f"`rewind pause {typed}`, then `rewind pause {typed} --end`"
+        remedy = aside if taps else f"`rewind point {typed}`"
         yield warn(name, f"left over from an interrupted point: {', '.join(map(str, found))}", remedy)

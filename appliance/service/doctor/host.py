@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from appliance.errors import RewindError, WrongKey
@@ -36,7 +37,7 @@ def home(session: Session) -> Iterator[Check]:
     """That there is one, whose it is, and that its secrets are secret."""
     path = session.home.path
     if not session.home.instance_file.exists():
-        yield fail("home", f"{path} is not a home of rewind", f"rewind --home {path} init")
+        yield fail("home", f"{path} is not a home of rewind", f"`rewind --home {quote(str(path))} init`")
         return
     session.instance  # noqa: B018  raises when it cannot be read
     for private in (session.home.instance_file, session.home.domains, session.home.cache, session.home.log):
@@ -77,7 +78,7 @@ def key(session: Session) -> Iterator[Check]:
         pass  # told by the check of the repository; nothing is wrong with the key as far as anybody knows
     if not keys.was_exported(session):
         yield warn("key", "no copy of the key was ever made: with this disk every point would be lost",
-                   "rewind key export FILE, and keep FILE away from this host")  # fmt: skip
+                   "`rewind key export FILE`, and keep FILE away from this host")  # fmt: skip
     else:
         yield ok("key", f"{path}, exported before")
 
@@ -113,9 +114,9 @@ def space(session: Session) -> Iterator[Check]:
         free = shutil.disk_usage(path).free
         text = f"{format_size(free)} free at {path}"
         if free < NEARLY_NOTHING:
-            yield fail("space", f"only {text} ({name})", "make room: rewind forget, then rewind gc")
+            yield fail("space", f"only {text} ({name})", "make room: `rewind forget`, then `rewind gc`")
         elif free < _LITTLE:
-            yield warn("space", f"only {text} ({name})", "make room: rewind forget, then rewind gc")
+            yield warn("space", f"only {text} ({name})", "make room: `rewind forget`, then `rewind gc`")
         else:
             yield ok("space", f"{text} ({name})")
 
@@ -192,9 +193,9 @@ def image_reader(session: Session) -> Iterator[Check]:
     from appliance.service.image import readers
 
     found = readers.shown(session)
-    remedy = "rewind image reader build"
+    remedy = "`rewind image reader build`"
     if found is None:
-        yield ok("image reader", f"not built: no images of guests on xfs, btrfs, LUKS or md (`{remedy}`)")
+        yield ok("image reader", f"not built: no images of guests on xfs, btrfs, LUKS or md ({remedy})")
     elif found.unfit:
         yield warn("image reader", f"the one that was built is {found.unfit}", remedy)
     elif newer := readers.newer_kernel(found):
@@ -221,11 +222,11 @@ def daemon(session: Session) -> Iterator[Check]:
         return
     if scheduled:
         yield warn(
-            "daemon", f"does not run: nobody takes the scheduled points of {', '.join(scheduled)}", "rewind daemon"
+            "daemon", f"does not run: nobody takes the scheduled points of {', '.join(scheduled)}", "`rewind daemon`"
         )
     if continuous:
         reason = "does not run: after the host, or the process that captures, has ended nobody starts it again for"
-        yield warn("daemon", f"{reason} {', '.join(continuous)}", "rewind daemon")
+        yield warn("daemon", f"{reason} {', '.join(continuous)}", "`rewind daemon`")
 
 
 def _takes_all_along(session: Session) -> str:

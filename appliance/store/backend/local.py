@@ -77,8 +77,8 @@ class LocalBackend:
         try:
             self._make_folder(temporary.parent)
             try:
-                # Before the object's folder: where the repository was moved or unmounted meanwhile this fails, and
-                # nothing of it is made anew in its place.
+                # Before the object's folder: where the repository was moved or unmounted since our first object this
+                # fails, and nothing of it is made anew in its place.
                 _write(temporary, data)
                 self._make_folder(path.parent)
                 created = _create(temporary, path)
